@@ -1,0 +1,146 @@
+"""The feed-forward branch, plain or gated.
+
+B batch, T time, D model dimension, F inner dimension.
+"""
+
+import keras
+from keras import ops
+
+from keras_stable import variants
+from keras_stable.linear import advance
+from keras_stable.linear import apply_linear
+from keras_stable.linear import make_linear
+from keras_stable.telemetry import measure
+
+
+def _gelu(x):
+    return ops.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x):
+    return ops.gelu(x, approximate=True)
+
+
+def _relu_squared(x):
+    return ops.square(ops.relu(x))
+
+
+# kind: (function, whether a second projection is gated by it)
+ACTIVATIONS = {
+    "gelu": (_gelu, False),
+    "gelu_tanh": (_gelu_tanh, False),
+    "relu_squared": (_relu_squared, False),
+    "swiglu": (ops.silu, True),
+    "geglu": (_gelu, True),
+    "geglu_tanh": (_gelu_tanh, True),
+}
+
+
+@keras.saving.register_keras_serializable("keras_stable")
+class MLP(keras.layers.Layer):
+    """Two linear layers with an activation between them.
+
+    ```
+    y = act(x W_fc1) W_fc2                     gelu, gelu_tanh, relu_squared
+    y = (act(x W_gate) * (x W_fc1)) W_fc2      swiglu, geglu, geglu_tanh
+    ```
+
+    Weights: `fc1/kernel` and `gate/kernel` (D, F), `fc2/kernel` (F, D).
+
+    Args:
+        intermediate_dim: int. F. Defaults to 4 D.
+        variant: name, `Variant` or its dictionary: activation, biases and
+            kernel parametrisation. Defaults to `"baseline"`.
+        kernel_initializer, output_initializer: of fc1 and gate, and of fc2.
+            Default to normal(0.02).
+
+    Call arguments:
+        x_BTD: tensor.
+        state: what `next_state(training)` returned; called here by default.
+        training: bool.
+        return_stats: bool. Whether to return `(y, stats)`.
+
+    Example:
+
+    >>> y = MLP(128)(keras.random.normal((2, 8, 32)))
+    """
+
+    def __init__(
+        self,
+        intermediate_dim=None,
+        variant="baseline",
+        kernel_initializer=None,
+        output_initializer=None,
+        **kwargs,
+    ):
+        # Keras would cast the float32 sigmas in `state` to the compute dtype.
+        super().__init__(autocast=False, **kwargs)
+        self.intermediate_dim = intermediate_dim
+        self.variant = variants.get(variant)
+        normal = keras.initializers.RandomNormal(stddev=0.02)
+        self.kernel_initializer = keras.initializers.get(
+            kernel_initializer or normal
+        )
+        self.output_initializer = keras.initializers.get(
+            output_initializer or normal
+        )
+        self.supports_masking = True
+
+    def build(self, x_BTD_shape):
+        D = x_BTD_shape[-1]
+        F = self.intermediate_dim or 4 * D
+        _, gated = ACTIVATIONS[self.variant.architecture.activation]
+        into, out = self.kernel_initializer, self.output_initializer
+        self.fc1 = self._linear("fc1", F, D, into)
+        self.gate = self._linear("gate", F, D, into) if gated else None
+        self.fc2 = self._linear("fc2", D, F, out)
+
+    def _linear(self, name, units, width, initializer):
+        layer = make_linear(
+            name,
+            units,
+            self.variant,
+            kernel_initializer=initializer.clone(),
+            dtype=self.dtype_policy,
+        )
+        layer.build((None, width))
+        return layer
+
+    def next_state(self, training=False):
+        """Advances what the layer remembers; returns what `call` needs."""
+        linears = (self.fc1, self.gate, self.fc2)
+        return advance([layer for layer in linears if layer], training)
+
+    def call(self, x_BTD, state=None, training=None, return_stats=False):
+        x_BTD = ops.cast(x_BTD, self.compute_dtype)
+        state = self.next_state(training) if state is None else state
+        activation, gated = ACTIVATIONS[self.variant.architecture.activation]
+        fc1 = apply_linear(self.fc1, x_BTD, state)
+        if gated:
+            gate = apply_linear(self.gate, x_BTD, state)
+            h_BTF = activation(gate) * fc1
+        else:
+            h_BTF = activation(fc1)
+        y_BTD = apply_linear(self.fc2, h_BTF, state)
+        if not return_stats:
+            return y_BTD
+        stats = {"fc1": measure(fc1), "fc2": measure(y_BTD)}
+        if gated:
+            stats["gate"] = measure(gate)
+        return y_BTD, stats
+
+    def compute_output_shape(self, x_BTD_shape):
+        return x_BTD_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "intermediate_dim": self.intermediate_dim,
+            "variant": self.variant.to_dict(),
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "output_initializer": keras.initializers.serialize(
+                self.output_initializer
+            ),
+        }

@@ -1,0 +1,108 @@
+"""Where a token stands: rotary and learned position encodings.
+
+B batch, T time, N heads, H head dimension, D model dimension.
+"""
+
+import keras
+import numpy as np
+from keras import ops
+
+
+def rotate(x_BTNH, positions, wavelength=10000.0):
+    """Rotary position encoding (RoPE), half-split convention.
+
+    ```
+    (x1, x2) <- (x1 cos a - x2 sin a, x2 cos a + x1 sin a),
+    a[t, h]   = positions[t] * wavelength^(-2h / H),  h < H / 2
+    ```
+
+    with x1 the first and x2 the second half of the channels, as in GPT-NeoX
+    and Llama. Angles, sines and products are float32: position 2000 has no
+    exact bfloat16.
+
+    Args:
+        x_BTNH: tensor.
+        positions: int tensor (T,).
+        wavelength: float. Defaults to 10000.
+
+    Reference:
+        [Su et al., 2021](https://arxiv.org/abs/2104.09864).
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequencies = wavelength ** (-np.arange(half, dtype="float32") / half)
+    positions = ops.cast(positions, "float32")
+    angles_T1H = positions[:, None, None] * frequencies
+    cos, sin = ops.cos(angles_T1H), ops.sin(angles_T1H)
+    x1, x2 = ops.split(ops.cast(x_BTNH, "float32"), 2, axis=-1)
+    rotated = ops.concatenate(
+        [x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1
+    )
+    return ops.cast(rotated, x_BTNH.dtype)
+
+
+@keras.saving.register_keras_serializable("keras_stable")
+class PositionEmbedding(keras.layers.Layer):
+    """Adds a learned vector per position, counted within each document.
+
+    ```
+    y[b, t] = x[b, t] + embeddings[position of t in its document]
+    ```
+
+    Args:
+        max_sequence_length: int. Number of positions.
+        embeddings_initializer: of the table (max_sequence_length, D).
+
+    Call arguments:
+        x_BTD: tensor.
+        segment_ids: int tensor (B, T), the document of each token; by default
+            a row is one document.
+
+    Example:
+
+    >>> y = PositionEmbedding(8)(keras.random.normal((2, 8, 16)))
+    """
+
+    def __init__(
+        self, max_sequence_length, embeddings_initializer="uniform", **kwargs
+    ):
+        super().__init__(**kwargs)
+        self.max_sequence_length = max_sequence_length
+        self.embeddings_initializer = keras.initializers.get(
+            embeddings_initializer
+        )
+
+    def build(self, x_BTD_shape, segment_ids_shape=None):
+        self.embeddings = self.add_weight(
+            name="embeddings",
+            shape=(self.max_sequence_length, x_BTD_shape[-1]),
+            initializer=self.embeddings_initializer,
+        )
+
+    def call(self, x_BTD, segment_ids=None):
+        length = x_BTD.shape[1]
+        if length is not None and length > self.max_sequence_length:
+            raise ValueError(
+                "The sequence is longer than the learned positions. Build the "
+                f"model with max_sequence_length={length} or more. Received: "
+                f"{length} tokens, {self.max_sequence_length} positions"
+            )
+        positions = ops.arange(ops.shape(x_BTD)[1])
+        if segment_ids is None:
+            return x_BTD + ops.take(self.embeddings, positions, axis=0)
+        # A document starts at the first column with the same id.
+        same_BTT = segment_ids[:, :, None] == segment_ids[:, None, :]
+        start_BT = ops.argmax(ops.cast(same_BTT, "int32"), axis=-1)
+        positions = positions - ops.cast(start_BT, positions.dtype)
+        return x_BTD + ops.take(self.embeddings, positions, axis=0)
+
+    def compute_output_shape(self, x_BTD_shape, segment_ids_shape=None):
+        return x_BTD_shape
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "max_sequence_length": self.max_sequence_length,
+            "embeddings_initializer": keras.initializers.serialize(
+                self.embeddings_initializer
+            ),
+        }
