@@ -87,6 +87,9 @@ def attend(
     length = ops.shape(q_BTNH)[1]
     plain = softmax.cap is None and softmax.clip is None
     plain = plain and softmax.logits_dtype == "float32"
+    # JAX's path has no float16 products with float32 sums on CPU, and GPUs
+    # that want float16 (T4) have no fused kernel in it.
+    plain = plain and keras.backend.standardize_dtype(q_BTNH.dtype) != "float16"
     if plain and seed is None and not return_stats:
         # Nothing asks for logits or probabilities: the fused path will do.
         if segment_ids is None and sliding_window is None:
@@ -345,9 +348,6 @@ class CausalSelfAttention(keras.layers.Layer):
         ):
             stats[name] = measure(x)
         return y_BTD, stats
-
-    def compute_output_shape(self, x_BTD_shape, segment_ids_shape=None):
-        return x_BTD_shape
 
     def get_config(self):
         return {

@@ -63,7 +63,7 @@ class Residual(keras.layers.Layer):
                 autocast=False,
             )
 
-    def call(self, x_BTD, branch, seed=None):
+    def call(self, x_BTD, *, branch, seed=None):
         def normalize(norm, x):
             return x if norm is None else norm(x)
 
@@ -225,7 +225,7 @@ class TransformerBlock(keras.layers.Layer):
             seeds = state.get("seeds", (None, None))
             x_BTD = self.attention_residual(
                 x_BTD,
-                lambda x: run(
+                branch=lambda x: run(
                     self.attention,
                     x,
                     segment_ids=segment_ids,
@@ -236,7 +236,7 @@ class TransformerBlock(keras.layers.Layer):
             )
             x_BTD = self.mlp_residual(
                 x_BTD,
-                lambda x: run(
+                branch=lambda x: run(
                     self.mlp, x, state=state["mlp"], training=training
                 ),
                 seed=seeds[1],
@@ -246,9 +246,6 @@ class TransformerBlock(keras.layers.Layer):
         if self.remat and training:
             compute = keras.remat(compute)
         return compute(x_BTD, state)
-
-    def compute_output_shape(self, x_BTD_shape, segment_ids_shape=None):
-        return x_BTD_shape
 
     def get_config(self):
         inherited = self.attention.get_config()

@@ -129,9 +129,6 @@ class MLP(keras.layers.Layer):
             stats["gate"] = measure(gate)
         return y_BTD, stats
 
-    def compute_output_shape(self, x_BTD_shape):
-        return x_BTD_shape
-
     def get_config(self):
         return {
             **super().get_config(),

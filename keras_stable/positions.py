@@ -29,7 +29,9 @@ def rotate(x_BTNH, positions, wavelength=10000.0):
         [Su et al., 2021](https://arxiv.org/abs/2104.09864).
     """
     half = x_BTNH.shape[-1] // 2
-    frequencies = wavelength ** (-np.arange(half, dtype="float32") / half)
+    frequencies = ops.convert_to_tensor(
+        wavelength ** (-np.arange(half) / half), dtype="float32"
+    )
     positions = ops.cast(positions, "float32")
     angles_T1H = positions[:, None, None] * frequencies
     cos, sin = ops.cos(angles_T1H), ops.sin(angles_T1H)

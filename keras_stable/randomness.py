@@ -1,13 +1,14 @@
 """Seeds that travel as values, so that dropout can be rematerialised."""
 
 import keras
+from keras import ops
 
 
 class _Drawn(keras.random.SeedGenerator):
     """A seed generator that returns the seed it was made from.
 
-    `keras.random.dropout` takes a generator and advances it, which is an
-    assignment and so not possible inside a rematerialised function on jax.
+    `keras.random` takes a generator and advances it, which is an assignment
+    and so not possible inside a rematerialised function on jax.
     """
 
     def __init__(self, seed):
@@ -27,7 +28,8 @@ def dropout(x, rate, seed):
     """
     if seed is None:
         return x
-    return keras.random.dropout(x, rate, seed=_Drawn(seed))
+    drawn = keras.random.uniform(ops.shape(x), seed=_Drawn(seed))
+    return ops.where(drawn >= rate, x / (1 - rate), ops.zeros_like(x))
 
 
 def check_rate(rate):

@@ -1,0 +1,706 @@
+"""Corpora, tokenizers, packing, replayable batches, n-gram entropies."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+import warnings
+
+import grain
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+from keras_stable.data import TokenBatches
+from keras_stable.data import bigram_entropy
+from keras_stable.data import pack
+from keras_stable.data import unigram_entropy
+from keras_stable.text import ByteTokenizer
+from keras_stable.text import CharacterTokenizer
+from keras_stable.text import load_corpus
+from keras_stable.text import split
+
+UNICODE = "a\n\t Zé ß 漢字 🙂\U0010ffff\ufeff e\u0301 \x7f\x80\xff"
+
+
+def counted(num_tokens, **kwargs):
+    """Batches of tokens that tell their own position."""
+    settings = {"batch_size": 3, "sequence_length": 8, **kwargs}
+    return TokenBatches(np.arange(num_tokens), **settings)
+
+
+def row_starts(data, step):
+    return data[step][0]["token_ids"][:, 0].tolist()
+
+
+# Corpora.
+
+
+def test_python_corpus_is_the_standard_library():
+    documents = load_corpus()
+    library = sysconfig.get_path("stdlib")
+    for name in ("abc.py", "json/decoder.py"):
+        with open(os.path.join(library, name), encoding="utf-8") as file:
+            assert file.read() in documents
+    with open(keras.__file__, encoding="utf-8") as file:
+        assert file.read() not in documents
+    with open(os.path.join(library, "test/test_json/__init__.py")) as file:
+        assert file.read() not in documents
+    assert 5e6 < sum(map(len, documents)) < 50e6
+    assert documents == load_corpus()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / "b/two.txt").write_text("zwei é\r\n", encoding="utf-8")
+    (tmp_path / "a.md").write_text("one", encoding="utf-8")
+    (tmp_path / "c.txt").write_text("three", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "latin.bin").write_bytes(b"caf\xe9")
+    (tmp_path / "nul.bin").write_bytes(b"a\0b")
+    (tmp_path / ".hidden/no.txt").write_text("no")
+    (tmp_path / ".no.txt").write_text("no")
+    return tmp_path
+
+
+def test_corpus_from_paths(folder, monkeypatch):
+    assert load_corpus(folder / "a.md") == ["one"]
+    assert load_corpus(folder) == ["one", "three", "zwei é\n"]
+    assert load_corpus(str(folder / "*.txt")) == ["three"]
+    assert load_corpus(f"{folder}/**/*.txt") == ["zwei é\n", "three"]
+    monkeypatch.setenv("HOME", str(folder))
+    assert load_corpus("~/c.txt") == ["three"]
+    (folder / "x[1].txt").write_text("brackets")
+    assert load_corpus(folder / "x[1].txt") == ["brackets"]
+
+
+def test_corpus_errors(folder):
+    with pytest.raises(FileNotFoundError, match="nothing-here.*glob pattern"):
+        load_corpus(folder / "nothing-here*.txt")
+    with pytest.raises(ValueError, match="latin.bin is not UTF-8.*byte 3"):
+        load_corpus(folder / "latin.bin")
+    with pytest.raises(ValueError, match="latin.bin is not UTF-8"):
+        load_corpus(folder / "l*.bin")
+    with pytest.raises(ValueError, match="nul.bin contains NUL"):
+        load_corpus(folder / "nul.bin")
+    with pytest.raises(ValueError, match=r"No text.*1 file\(s\) are empty"):
+        load_corpus(folder / "empty.txt")
+    with pytest.raises(TypeError, match="`source` must be.*Received: 3"):
+        load_corpus(3)
+
+
+def test_unreadable_file_is_named(folder, monkeypatch):
+    def refuse(path, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    # Permissions themselves do not stop a superuser's tests.
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(ValueError, match="Cannot read .*a.md: Permission"):
+        load_corpus(folder / "a.md")
+    with pytest.raises(ValueError, match="Cannot read .*a.md: Permission"):
+        load_corpus(folder)
+
+
+def test_single_document_is_cut_like_nanogpt():
+    text = "".join(map(chr, range(40, 1155)))
+    training, validation = split([text])
+    assert (training, validation) == (
+        [text[: int(1115 * 0.9)]],
+        [text[int(1115 * 0.9) :]],
+    )
+
+
+def test_split_by_document_is_stable():
+    documents = [f"document {i}" for i in range(500)]
+    training, validation = split(documents, 0.2)
+    assert sorted(training + validation) == sorted(documents)
+    # Binomial(500, 0.2) has a standard deviation of 9.
+    assert 60 < len(validation) < 140
+    # Order and other documents do not matter, and the hash is a known one.
+    more_training, more_validation = split(
+        [f"new {i}" for i in range(50)] + documents[::-1], 0.2
+    )
+    assert set(training) <= set(more_training)
+    assert set(validation) <= set(more_validation)
+    # `printf abc | sha256sum` is ba78..., "document" 3d88...: 0.73 and ...
+    assert split(["abc", "document 0", "document 1"], 0.73)[1].count("abc") == 1
+    assert split(["abc", "document 0", "document 1"], 0.728)[0] == ["abc"]
+
+
+def test_split_errors():
+    with pytest.raises(ValueError, match="Nothing is left for validation"):
+        split(["a", "b"], 1e-9)
+    with pytest.raises(ValueError, match="Nothing is left for training"):
+        split(["a", "b"], 1 - 1e-9)
+    with pytest.raises(ValueError, match=r"training: 1 document\(s\), 1 char"):
+        split(["a"])
+    for fraction in (0, 1, -0.1, 1.5, float("nan"), "0.1"):
+        with pytest.raises(ValueError, match="`validation_fraction` must be"):
+            split(["a", "b"], fraction)
+    with pytest.raises(TypeError, match=r"list of strings. Write \[text\]"):
+        split("abc")
+    with pytest.raises(ValueError, match="`documents` is empty"):
+        split([])
+    with pytest.raises(TypeError, match=r"documents\[1\] of type int"):
+        split(["a", 1])
+
+
+# Tokenizers.
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [
+        ByteTokenizer(),
+        CharacterTokenizer.from_text(UNICODE),
+        CharacterTokenizer.from_text(UNICODE, separator=True),
+    ],
+    ids=["byte", "character", "character_separator"],
+)
+class TestTokenizer:
+    def test_round_trips(self, tokenizer):
+        ids = tokenizer.tokenize(UNICODE)
+        assert ids.dtype == np.int32 and ids.ndim == 1
+        assert tokenizer.detokenize(ids) == UNICODE
+        assert tokenizer.detokenize(keras.ops.convert_to_tensor(ids)) == UNICODE
+        texts = [UNICODE, "", "a"]
+        ragged = tokenizer.tokenize(texts)
+        assert ragged == [tokenizer.tokenize(t).tolist() for t in texts]
+        assert tokenizer.detokenize(ragged) == texts
+        assert tokenizer.detokenize(np.stack([ids, ids])) == [UNICODE] * 2
+        assert tokenizer.tokenize(np.array(texts)) == ragged
+        assert tokenizer.detokenize([]) == ""
+        called = keras.ops.convert_to_numpy(tokenizer(UNICODE))
+        np.testing.assert_array_equal(called, ids)
+
+    def test_vocabulary(self, tokenizer):
+        size = tokenizer.vocabulary_size()
+        tokens = [tokenizer.id_to_token(i) for i in range(size)]
+        assert tokens == tokenizer.get_vocabulary()
+        assert [tokenizer.token_to_id(t) for t in tokens] == list(range(size))
+        for id in (-1, size):
+            with pytest.raises(ValueError, match=f"Received: {id}"):
+                tokenizer.id_to_token(id)
+            with pytest.raises(ValueError, match=f"Received: {id}"):
+                tokenizer.detokenize([0, id])
+        with pytest.raises(ValueError, match="'ab'"):
+            tokenizer.token_to_id("ab")
+        with pytest.raises(TypeError, match="dtype float64"):
+            tokenizer.detokenize([0.5])
+        with pytest.raises(TypeError, match="Received: 3"):
+            tokenizer.tokenize(3)
+        with pytest.raises(ValueError, match="NUL at position 1"):
+            tokenizer.tokenize("a\0b")
+
+    def test_is_restored_from_its_config(self, tokenizer):
+        config = json.loads(
+            json.dumps(keras.saving.serialize_keras_object(tokenizer))
+        )
+        assert config["registered_name"].startswith("keras_stable>")
+        restored = keras.saving.deserialize_keras_object(config)
+        assert restored.get_vocabulary() == tokenizer.get_vocabulary()
+        assert restored.end_token_id == tokenizer.end_token_id
+        assert restored.get_config() == tokenizer.get_config()
+
+    def test_serves_a_preprocessor(self, tokenizer):
+        preprocessor = keras_hub.models.CausalLMPreprocessor(
+            tokenizer, sequence_length=12
+        )
+        prompt = preprocessor.generate_preprocess(["Z a", "a"])
+        mask = keras.ops.convert_to_numpy(prompt["padding_mask"])
+        starts = tokenizer.start_token_id is not None
+        assert mask.sum(1).tolist() == [3 + starts, 1 + starts]
+        assert preprocessor.generate_postprocess(prompt) == ["Z a", "a"]
+        x, y, weights = preprocessor(["Z a"])
+        ids = keras.ops.convert_to_numpy(x["token_ids"])[0]
+        end = [] if tokenizer.end_token_id is None else [tokenizer.end_token_id]
+        expected = end + tokenizer.tokenize("Z a").tolist() + end
+        assert ids[: len(expected)].tolist() == expected
+        assert tokenizer.detokenize(ids[: len(expected)]) == "Z a"
+        assert keras.ops.convert_to_numpy(y).shape == (1, 12)
+
+
+def test_bytes_are_utf8():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.vocabulary_size() == 256
+    assert tokenizer.tokenize("é").tolist() == [0xC3, 0xA9]
+    assert tokenizer.tokenize(b"a").tolist() == [97]
+    assert tokenizer.end_token_id == tokenizer.pad_token_id == 0
+    assert tokenizer.start_token_id == 0
+    assert tokenizer.special_token_ids == [0]
+    # A half character becomes U+FFFD; separators and padding vanish.
+    assert tokenizer.detokenize([0, 97, 0xC3, 98, 0, 0]) == "a\ufffdb"
+
+
+def test_characters_keep_their_ids_beside_a_separator():
+    plain = CharacterTokenizer.from_text("banana")
+    assert plain.characters == "abn"
+    assert plain.tokenize("nab").tolist() == [2, 0, 1]
+    assert plain.end_token_id is plain.pad_token_id is None
+    assert plain.start_token_id is None
+    marked = CharacterTokenizer.from_text(["ban", "ana"], separator=True)
+    assert marked.tokenize("nab").tolist() == [2, 0, 1]
+    assert marked.end_token_id == marked.pad_token_id == 3
+    assert marked.detokenize([2, 0, 3, 3]) == "na"
+    # Any order of characters is kept, as saved models need.
+    assert CharacterTokenizer("nab").tokenize("ban").tolist() == [2, 1, 0]
+
+
+def test_character_errors():
+    with pytest.raises(ValueError, match="'x' at position 2 is not one of"):
+        CharacterTokenizer("ab").tokenize("abx")
+    with pytest.raises(ValueError, match="distinct. Received: 'a' twice"):
+        CharacterTokenizer("aba")
+    with pytest.raises(ValueError, match="at least one character.*''"):
+        CharacterTokenizer("")
+    with pytest.raises(ValueError, match="Received: None"):
+        CharacterTokenizer(None)
+    with pytest.raises(ValueError, match="NUL"):
+        CharacterTokenizer("a\0")
+
+
+WITHOUT_TENSORFLOW = """
+import sys
+sys.modules["tensorflow"] = None
+import keras_hub, numpy as np
+from keras_stable.data import TokenBatches, pack
+from keras_stable.text import ByteTokenizer, CharacterTokenizer
+for tokenizer in (
+    ByteTokenizer(), CharacterTokenizer("abc ", separator=True)
+):
+    assert tokenizer.detokenize(np.asarray(tokenizer("a b"))) == "a b"
+    assert tokenizer(["a", "bc"])[1] == tokenizer("bc").tolist()
+    preprocessor = keras_hub.models.CausalLMPreprocessor(tokenizer, 8)
+    prompt = preprocessor.generate_preprocess(["a b", "c"])
+    assert preprocessor.generate_postprocess(prompt) == ["a b", "c"]
+    inputs, targets = TokenBatches(pack(["abc " * 9], tokenizer), 2, 4)[0]
+    assert targets.shape == (2, 4)
+print("works")
+"""
+
+
+@pytest.mark.skipif(
+    keras.config.backend() == "tensorflow", reason="needs TensorFlow"
+)
+def test_without_tensorflow():
+    result = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TENSORFLOW],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert result.stdout.endswith("works\n"), result.stderr
+
+
+# Packing.
+
+
+def test_pack_lays_documents_end_to_end():
+    tokens = pack(["hé", "", "b"], ByteTokenizer())
+    assert tokens.dtype == np.uint8
+    assert tokens.tolist() == [104, 0xC3, 0xA9, 0, 0, 98, 0]
+    plain = CharacterTokenizer("ab")
+    assert pack(["ab", "b"], plain).tolist() == [0, 1, 1]
+    marked = CharacterTokenizer("ab", separator=True)
+    assert pack(["ab", "b"], marked).tolist() == [0, 1, 2, 1, 2]
+    wide = CharacterTokenizer("".join(map(chr, range(1, 257))), True)
+    assert pack(["\u0100"], wide).dtype == np.uint16
+    assert pack(["\u0100"], wide).tolist() == [255, 256]
+    with pytest.raises(TypeError, match="Received: str"):
+        pack("abc", plain)
+
+
+def test_pack_takes_tokenizers_of_keras_hub():
+    theirs = keras_hub.tokenizers.ByteTokenizer(lowercase=False)
+    # It has no end token.
+    assert pack(["aé", "b"], theirs).tolist() == [97, 0xC3, 0xA9, 98]
+
+
+# Batches.
+
+
+def test_batches_are_next_token_windows():
+    data = counted(1000, vocabulary_size=1000)
+    for step in range(2 * len(data)):
+        inputs, targets = data[step]
+        ids = inputs["token_ids"]
+        assert list(inputs) == ["token_ids"]
+        assert ids.shape == targets.shape == (3, 8)
+        assert ids.dtype == targets.dtype == np.int32
+        np.testing.assert_array_equal(targets, ids + 1)
+        np.testing.assert_array_equal(ids - ids[:, :1], np.tile(range(8), (3, 1)))
+
+
+@pytest.mark.parametrize("num_tokens", [32, 33, 40, 41, 1000, 1003])
+def test_a_pass_predicts_every_token_at_most_once(num_tokens):
+    data = counted(num_tokens, seed=3)
+    shifts = set()
+    for e in range(20):
+        steps = range(e * len(data), (e + 1) * len(data))
+        targets = np.concatenate([data[s][1].ravel() for s in steps])
+        assert len(set(targets.tolist())) == len(targets)
+        # What is left out: the ends, and windows that fill no batch.
+        assert num_tokens - len(targets) <= 2 * 8 + 2 * 8
+        assert targets.min() >= 1 and targets.max() < num_tokens
+        (shift,) = {(t - 1) % 8 for s in steps for t in data[s][1][:, 0]}
+        shifts.add(shift)
+    # Grids move, so that no border between windows is always the same.
+    assert shifts == set(range(8))
+
+
+def test_order_depends_on_seed_and_pass():
+    orders = {}
+    for seed in range(3):
+        data = counted(2000, seed=seed)
+        for e in range(3):
+            steps = range(e * len(data), (e + 1) * len(data))
+            samples = np.concatenate([data.sample_indices(s) for s in steps])
+            assert (samples // data.num_windows == e).all()
+            order = samples % data.num_windows
+            assert len(set(order)) == len(order)
+            orders[seed, e] = tuple(order)
+    assert len(set(orders.values())) == 9
+    assert all(list(order) != sorted(order) for order in orders.values())
+    np.testing.assert_array_equal(
+        counted(2000, seed=1)[5][1], counted(2000, seed=1)[5][1]
+    )
+
+
+def test_sample_indices_are_global_and_lead_to_the_tokens():
+    data = counted(500)
+    steps = 4 * len(data)
+    samples = [data.sample_indices(s) for s in range(steps)]
+    assert all(s.dtype == np.int64 and s.shape == (3,) for s in samples)
+    assert len(set(np.concatenate(samples))) == 3 * steps
+    for step in (0, 1, steps - 1):
+        rows = data.windows(samples[step])
+        np.testing.assert_array_equal(rows[:, :-1], data[step][0]["token_ids"])
+    # Samples of several passes at once.
+    mixed = np.concatenate([samples[-1], samples[0]])
+    np.testing.assert_array_equal(
+        data.windows(mixed)[:, 1:],
+        np.concatenate([data[steps - 1][1], data[0][1]]),
+    )
+    data.set_state(data.get_state(7))
+    np.testing.assert_array_equal(data.sample_indices(2), samples[2])
+
+
+def test_evaluation_takes_windows_in_order_in_every_pass():
+    data = counted(8 * 3 * 4 + 1, shuffle=False)
+    assert len(data) == 4
+    targets = np.concatenate([batch[1].ravel() for batch in data])
+    np.testing.assert_array_equal(targets, np.arange(1, 8 * 3 * 4 + 1))
+    assert row_starts(data, 0) == row_starts(data, 4) == [0, 8, 16]
+    assert len(list(data)) == len(list(data)) == 4
+
+
+def test_documents_are_masked():
+    tokens = pack(["abc", "de", "", "fghi"], ByteTokenizer())
+    data = TokenBatches(
+        tokens,
+        1,
+        len(tokens) - 1,
+        shuffle=False,
+        mask_documents=True,
+        separator_id=0,
+    )
+    inputs, targets, weights = data[0]
+    # a b c 0 d e 0 0 f g h i | 0
+    assert inputs["padding_mask"].tolist() == [
+        [1, 1, 1, 1, 2, 2, 2, 3, 4, 4, 4, 4]
+    ]
+    assert weights.tolist() == [[1, 1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 1]]
+    assert targets.tolist() == [tokens[1:].tolist()]
+    assert inputs["padding_mask"].dtype == np.int32
+    assert weights.dtype == np.float32
+
+
+def test_masks_agree_with_documents_at_any_offset():
+    # Tokens count documents: 1 1 1 0 2 2 0 3 0 ...
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(0, 7, 200)
+    pieces = [[i + 1] * n + [0] for i, n in enumerate(lengths)]
+    owner = np.concatenate(
+        [[i] * len(piece) for i, piece in enumerate(pieces)]
+    )
+    tokens = np.concatenate(pieces)
+    settings = {"mask_documents": True, "separator_id": 0, "seed": 5}
+    data = TokenBatches(tokens, 4, 16, **settings)
+    # The same windows, of the tokens' positions.
+    where = TokenBatches(np.arange(len(tokens)), 4, 16, seed=5)
+    for step in range(3 * len(data)):
+        inputs, targets, weights = data[step]
+        places, next_places = where[step]
+        document = owner[places["token_ids"]]
+        mask = inputs["padding_mask"]
+        assert mask.min() == 1
+        np.testing.assert_array_equal(
+            mask[:, :, None] == mask[:, None, :],
+            document[:, :, None] == document[:, None, :],
+        )
+        np.testing.assert_array_equal(weights, document == owner[next_places])
+
+
+def test_batch_errors():
+    with pytest.raises(ValueError, match="31 tokens do not fill.*take 32"):
+        counted(31)
+    assert len(counted(32)) == 1
+    with pytest.raises(ValueError, match="24 tokens do not fill.*take 25"):
+        counted(24, shuffle=False)
+    assert len(counted(25, shuffle=False)) == 1
+    with pytest.raises(ValueError, match=r"\[0, 99\).*Received: 99 at pos.* 99"):
+        counted(100, vocabulary_size=99)
+    with pytest.raises(ValueError, match="not be negative. Received: -1"):
+        TokenBatches(np.arange(-1, 99), 1, 8)
+    for tokens in (np.ones(99), np.ones((9, 9), "int32"), np.array([], "int32")):
+        with pytest.raises(ValueError, match="`tokens` must be a non-empty int"):
+            TokenBatches(tokens, 1, 8)
+    for name in ("batch_size", "sequence_length"):
+        for value in (0, -1, 1.0, "2", None, True):
+            with pytest.raises(ValueError, match=f"`{name}` must be.*{value!r}"):
+                counted(100, **{name: value})
+    for seed in (-1, 2**32, 0.5, None):
+        with pytest.raises(ValueError, match=f"`seed` must be.*{seed}"):
+            counted(100, seed=seed)
+    with pytest.raises(ValueError, match="needs `separator_id`.*end_token_id"):
+        counted(100, mask_documents=True)
+    with pytest.raises(ValueError, match="`step` must be.*at least 0.*-1"):
+        counted(100).sample_indices(-1)
+
+
+# State.
+
+
+def test_state_is_json_and_moves_the_beginning():
+    data = counted(500)
+    first = [row_starts(data, i) for i in range(3 * len(data))]
+    assert data.get_state()["step"] == 0
+    state = json.loads(json.dumps(data.get_state(len(data) + 2)))
+    # It holds in another process, and for another dtype of the same tokens.
+    other = TokenBatches(np.arange(500, dtype="uint16"), 3, 8)
+    other.set_state(state)
+    assert other.get_state() == state
+    assert other.first_step == len(data) + 2
+    resumed = [row_starts(other, i) for i in range(2 * len(data) - 2)]
+    assert resumed == first[len(data) + 2 :]
+
+
+def test_state_of_other_batches_is_refused():
+    data = counted(500)
+    state = counted(500, seed=1).get_state(3)
+    with pytest.raises(ValueError, match="seed is 1 there and 0 here"):
+        data.set_state(state)
+    state = counted(500, batch_size=2).get_state(3)
+    with pytest.raises(ValueError, match="batch_size is 2 there and 3 here"):
+        data.set_state(state)
+    state = counted(500, sequence_length=9).get_state(3)
+    with pytest.raises(ValueError, match="sequence_length is 9 there"):
+        data.set_state(state)
+    state = counted(500, shuffle=False).get_state(3)
+    with pytest.raises(ValueError, match="shuffle is False there"):
+        data.set_state(state)
+    tokens = np.arange(500)
+    tokens[[3, 4]] = 4, 3
+    state = TokenBatches(tokens, 3, 8).get_state(3)
+    with pytest.raises(ValueError, match="other batches: tokens is"):
+        data.set_state(state)
+    for wrong in (3, None, {}, {"step": 3, "fingerprint": 5}):
+        with pytest.raises(ValueError, match="dictionary from `get_state`"):
+            data.set_state(wrong)
+    state = {**data.get_state(), "step": -3}
+    with pytest.raises(ValueError, match="`step` must be.*-3"):
+        data.set_state(state)
+    assert data.first_step == 0
+
+
+# Training.
+
+
+class Sum(keras.layers.Layer):
+    """Logits for a vocabulary of two, and a record of what it was fed.
+
+    The record, a weight, is a sum of the batches trained on, each weighted
+    with a digit of its own.
+    """
+
+    def __init__(self, size):
+        super().__init__()
+        self.trained = self.add_weight(shape=(size,), trainable=False)
+        self.count = self.add_weight(shape=(), dtype="int32", trainable=False)
+        self.scale = self.add_weight(shape=(), initializer="ones")
+
+    def call(self, inputs, training=False):
+        ids = inputs["token_ids"]
+        if training:
+            slot = keras.ops.one_hot(self.count, self.trained.shape[0])
+            first = keras.ops.cast(ids[0, 0], "float32")
+            self.trained.assign(self.trained + slot * first)
+            self.count.assign(self.count + 1)
+        x = keras.ops.cast(ids, "float32")[..., None] / 1000 * self.scale
+        return keras.ops.concatenate([x, -x], -1)
+
+
+class Recorder(keras.callbacks.Callback):
+    """Keeps the state after `at` batches of a fit."""
+
+    def __init__(self, data, at):
+        super().__init__()
+        self.data, self.at, self.ended, self.state = data, at, 0, None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.before = self.ended
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.ended = self.before + batch + 1
+        if self.state is None and self.ended >= self.at:
+            self.state = self.data.get_state(self.data.first_step + self.ended)
+            self.model.stop_training = True
+
+
+def make_model(size, weighted=False, **kwargs):
+    inputs = {"token_ids": keras.Input((8,), dtype="int32")}
+    if weighted:
+        inputs["padding_mask"] = keras.Input((8,), dtype="int32")
+    layer = Sum(size)
+    outputs = layer({"token_ids": inputs["token_ids"]})
+    model = keras.Model(inputs, outputs)
+
+    def loss(targets, logits):
+        targets = keras.ops.cast(targets, "int32") % 2
+        return keras.ops.sparse_categorical_crossentropy(
+            targets, logits, from_logits=True
+        )
+
+    model.compile(optimizer=keras.optimizers.SGD(0.0), loss=loss, **kwargs)
+    return model, layer
+
+
+def trained_on(layer):
+    starts = keras.ops.convert_to_numpy(layer.trained)
+    return starts[: int(layer.count)].astype(int).tolist()
+
+
+@pytest.mark.parametrize("steps_per_execution", [1, 3])
+def test_resumes_in_the_middle_of_fit(steps_per_execution):
+    data = counted(500)
+    steps = len(data)
+    settings = {"steps_per_execution": steps_per_execution}
+    told = {"steps_per_epoch": steps - steps % 3, "shuffle": False, "verbose": 0}
+    expected = [row_starts(data, i)[0] for i in range(3 * steps)]
+
+    model, layer = make_model(4 * steps, **settings)
+    # In the second epoch, between two executions.
+    recorder = Recorder(data, at=steps + 4)
+    model.fit(data.stream(), epochs=3, callbacks=[recorder], **told)
+    trained = trained_on(layer)
+    # One execution's worth of batches ended at a time, none unaccounted for.
+    assert steps + 4 <= recorder.ended < steps + 4 + steps_per_execution
+    assert recorder.state["step"] == recorder.ended
+    assert trained[: recorder.ended] == expected[: recorder.ended]
+
+    resumed = counted(500)
+    resumed.set_state(json.loads(json.dumps(recorder.state)))
+    model, layer = make_model(4 * steps, **settings)
+    model.fit(resumed.stream(), epochs=1, **told)
+    k = recorder.ended
+    assert trained_on(layer) == expected[k : k + told["steps_per_epoch"]]
+
+
+def test_keras_hub_models_take_it_as_it_is():
+    class Model(keras_hub.models.Task):
+        """A KerasHub task reduced to the pipeline that feeds it."""
+
+        def preprocess_samples(self, x, y=None, sample_weight=None):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+
+    data = counted(300)
+    evaluation = counted(80, shuffle=False)
+    plain, layer = make_model(4 * len(data))
+    model = Model(plain.inputs, plain.outputs)
+    model.compile(
+        optimizer="sgd", loss=lambda y, p: keras.ops.mean(p[..., 0], -1)
+    )
+    data.set_state(data.get_state(5))
+    history = model.fit(
+        data, epochs=2, validation_data=evaluation, shuffle=False, verbose=0
+    )
+    expected = [row_starts(data, i)[0] for i in range(2 * len(data))]
+    assert trained_on(layer) == expected
+    assert len(history.history["val_loss"]) == 2
+    assert math.isfinite(history.history["val_loss"][1])
+
+
+def test_fit_and_evaluate_with_masked_documents():
+    tokens = pack(["abc" * 5, "de"] * 40, ByteTokenizer())
+    settings = {"mask_documents": True, "separator_id": 0}
+    data = TokenBatches(tokens, 3, 8, shuffle=False, **settings)
+    model, _ = make_model(2 * len(data), weighted=True)
+    told = {"steps": len(data), "verbose": 0}
+    loss = model.evaluate(data.stream(), **told)
+    # The same from the definition: weighted cross-entropy over all B T.
+    total = 0.0
+    for i in range(len(data)):
+        inputs, targets, weights = data[i]
+        x = inputs["token_ids"] / 1000
+        sign = 1 - 2 * (targets % 2)
+        total += np.mean(weights * np.log1p(np.exp(-2 * x * sign)))
+    assert loss == pytest.approx(total / len(data), rel=1e-5)
+    # Evaluation begins anew each time.
+    assert model.evaluate(data.stream(), **told) == loss
+
+
+def test_stream_goes_on_past_a_pass():
+    data = counted(100)
+    data.set_state(data.get_state(2))
+    stream = iter(data.stream())
+    seen = [next(stream)[0]["token_ids"][0, 0] for _ in range(3 * len(data))]
+    assert seen == [row_starts(data, i)[0] for i in range(3 * len(data))]
+    assert isinstance(data, grain.MapDataset)
+    assert len(data[1:]) == len(data) - 1
+    assert str(data) == "TokenBatches(11 windows of 8, 3 batches of 3)"
+
+
+# Entropies.
+
+
+def test_entropies_of_small_cases():
+    # Frequencies 1/2, 1/4, 1/4.
+    assert unigram_entropy([0, 0, 1, 2]) == pytest.approx(1.5 * math.log(2))
+    assert unigram_entropy([7]) == 0
+    # Pairs 00 01 11 10: either token is followed by either, equally often.
+    assert bigram_entropy([0, 0, 1, 1, 0]) == pytest.approx(math.log(2))
+    assert bigram_entropy([0, 1, 2] * 9) == 0
+    # Pairs 01 12 20 02 20: 0 is followed by 1 or 2, each other by one.
+    assert bigram_entropy([0, 1, 2, 0, 2, 0]) == pytest.approx(
+        2 / 5 * math.log(2)
+    )
+
+
+@pytest.mark.parametrize("size", [3, 5000])
+def test_bigram_entropy_is_the_mean_loss_of_counts(size):
+    tokens = np.random.default_rng(1).zipf(1.3, 4000) % size
+    follows = {}
+    for a, b in zip(tokens[:-1], tokens[1:]):
+        row = follows.setdefault(int(a), {})
+        row[int(b)] = row.get(int(b), 0) + 1
+    loss = 0.0
+    for row in follows.values():
+        for count in row.values():
+            loss -= count * math.log(count / sum(row.values()))
+    assert bigram_entropy(tokens) == pytest.approx(loss / 3999)
+    assert bigram_entropy(tokens) < unigram_entropy(tokens)
+
+
+def test_entropy_errors():
+    with pytest.raises(ValueError, match="needs two tokens"):
+        bigram_entropy([1])
+    for entropy in (unigram_entropy, bigram_entropy):
+        with pytest.raises(ValueError, match="non-empty integer array"):
+            entropy([])
+        with pytest.raises(ValueError, match="dtype float64"):
+            entropy([0.5, 1.0])
