@@ -127,9 +127,9 @@ def test_split_by_document_is_stable():
     )
     assert set(training) <= set(more_training)
     assert set(validation) <= set(more_validation)
-    # `printf abc | sha256sum` is ba78..., "document" 3d88...: 0.73 and ...
-    assert split(["abc", "document 0", "document 1"], 0.73)[1].count("abc") == 1
-    assert split(["abc", "document 0", "document 1"], 0.728)[0] == ["abc"]
+    # `printf abc | sha256sum` begins with ba7816: 0.72839 of the way.
+    assert "abc" in split([*documents, "abc"], 0.7284)[1]
+    assert "abc" in split([*documents, "abc"], 0.7283)[0]
 
 
 def test_split_errors():
@@ -530,8 +530,12 @@ class Sum(keras.layers.Layer):
 
     def __init__(self, size):
         super().__init__()
-        self.trained = self.add_weight(shape=(size,), trainable=False)
-        self.count = self.add_weight(shape=(), dtype="int32", trainable=False)
+        self.trained = self.add_weight(
+            shape=(size,), initializer="zeros", trainable=False
+        )
+        self.count = self.add_weight(
+            shape=(), initializer="zeros", dtype="int32", trainable=False
+        )
         self.scale = self.add_weight(shape=(), initializer="ones")
 
     def call(self, inputs, training=False):
@@ -563,9 +567,11 @@ class Recorder(keras.callbacks.Callback):
 
 
 def make_model(size, weighted=False, **kwargs):
-    inputs = {"token_ids": keras.Input((8,), dtype="int32")}
+    inputs = {"token_ids": keras.Input((8,), dtype="int32", name="token_ids")}
     if weighted:
-        inputs["padding_mask"] = keras.Input((8,), dtype="int32")
+        inputs["padding_mask"] = keras.Input(
+            (8,), dtype="int32", name="padding_mask"
+        )
     layer = Sum(size)
     outputs = layer({"token_ids": inputs["token_ids"]})
     model = keras.Model(inputs, outputs)
@@ -587,6 +593,8 @@ def trained_on(layer):
 
 @pytest.mark.parametrize("steps_per_execution", [1, 3])
 def test_resumes_in_the_middle_of_fit(steps_per_execution):
+    if steps_per_execution > 1 and keras.backend.backend() == "torch":
+        pytest.skip("Keras on torch executes one step at a time")
     data = counted(500)
     steps = len(data)
     settings = {"steps_per_execution": steps_per_execution}
