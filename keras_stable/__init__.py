@@ -22,3 +22,37 @@ from keras_stable.positions import PositionEmbedding as PositionEmbedding
 from keras_stable.attention import CausalSelfAttention as CausalSelfAttention
 from keras_stable.mlp import MLP as MLP
 from keras_stable.block import TransformerBlock as TransformerBlock
+
+# Models.
+from keras_stable.backbone import PAPER_VOCABULARY as PAPER_VOCABULARY
+from keras_stable.backbone import SIZES as SIZES
+from keras_stable.backbone import StableBackbone as StableBackbone
+from keras_stable.models import StableCausalLM as StableCausalLM
+from keras_stable.models import (
+    StableCausalLMPreprocessor as StableCausalLMPreprocessor,
+)
+
+# Training.
+from keras_stable.optimizers import AdamW as AdamW
+from keras_stable.schedules import SCHEDULES as SCHEDULES
+from keras_stable.schedules import WarmupSchedule as WarmupSchedule
+from keras_stable.distribution import DISTRIBUTIONS as DISTRIBUTIONS
+from keras_stable.distribution import set_distribution as set_distribution
+
+# Data.
+from keras_stable.text import ByteTokenizer as ByteTokenizer
+from keras_stable.text import CharacterTokenizer as CharacterTokenizer
+from keras_stable.text import load_corpus as load_corpus
+from keras_stable.text import split as split
+from keras_stable.data import TokenBatches as TokenBatches
+from keras_stable.data import bigram_entropy as bigram_entropy
+from keras_stable.data import pack as pack
+from keras_stable.data import unigram_entropy as unigram_entropy
+
+# Records of a run.
+from keras_stable.records import LossRecorder as LossRecorder
+from keras_stable.records import RunDirectory as RunDirectory
+from keras_stable.records import read_health as read_health
+from keras_stable.records import read_run as read_run
+
+__version__ = "0.1.0"

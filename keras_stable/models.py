@@ -14,6 +14,7 @@ from keras_stable.backbone import StableBackbone
 from keras_stable.backbone import complete
 from keras_stable.choices import nearest
 from keras_stable.optimizers import AdamW
+from keras_stable.telemetry import LastValue
 
 
 @keras.saving.register_keras_serializable("keras_stable")
@@ -61,7 +62,8 @@ class StableCausalLM(keras_hub.models.CausalLM):
         preprocessor: `StableCausalLMPreprocessor` or None. Needed for strings
             in `fit` and `generate`; batches of token ids pass it by.
 
-    `fit` takes strings, or dictionaries with `"token_ids"` and optionally
+    Beside `loss`, the mean since the epoch began, `fit` reports `batch_loss`,
+    that of the last batch alone. `fit` takes strings, or dictionaries with `"token_ids"` and optionally
     `"padding_mask"` with the next ids as targets.
 
     Example:
@@ -80,6 +82,7 @@ class StableCausalLM(keras_hub.models.CausalLM):
         hidden_BTD = backbone(backbone.input)
         logits_BTV = backbone.token_embedding(hidden_BTD, reverse=True)
         super().__init__(inputs=backbone.input, outputs=logits_BTV, **kwargs)
+        self.batch_loss = LastValue(name="batch_loss")
 
     @classmethod
     def from_size(
@@ -131,6 +134,12 @@ class StableCausalLM(keras_hub.models.CausalLM):
         (and Keras warns if it is true); `TokenBatches` shuffles by itself.
         """
         return super().fit(*args, shuffle=shuffle, **kwargs)
+
+    def compute_loss(self, *args, training=True, **kwargs):
+        loss = super().compute_loss(*args, training=training, **kwargs)
+        if training:
+            self.batch_loss.update_state(loss)
+        return loss
 
     # KerasHub's tasks forget compile settings and optimizer slots when saved;
     # these two keep them.

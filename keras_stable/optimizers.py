@@ -6,7 +6,8 @@ import keras
 from keras import ops
 
 from keras_stable.choices import check_choice
-from keras_stable.schedules import integer_in, number_in
+from keras_stable.schedules import integer_in
+from keras_stable.schedules import number_in
 
 # On torch, Keras replaces its own AdamW, but no subclass of it, by one that
 # updates all variables in a few fused calls. We inherit from what it makes.

@@ -6,7 +6,8 @@ import numbers
 import keras
 from keras import ops
 
-from keras_stable.choices import check_choice, check_number
+from keras_stable.choices import check_choice
+from keras_stable.choices import check_number
 
 # How the learning rate falls from its peak: f(q) goes from 1 at q = 0, where
 # the decay starts, to 0 at q = 1, the last update. Warm restarts (SGDR) would

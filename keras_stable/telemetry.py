@@ -1,5 +1,6 @@
 """What is measured of a tensor, in float32, inside the compiled step."""
 
+import keras
 from keras import ops
 
 
@@ -27,3 +28,26 @@ def measure(x):
         "rms": ops.sqrt(ops.mean(sum_square) / x.shape[-1]),
         "abs_max": ops.max(ops.abs(x)),
     }
+
+
+@keras.saving.register_keras_serializable("keras_stable")
+class LastValue(keras.metrics.Metric):
+    """The last value it was given, where Keras's metrics average.
+
+    Example:
+
+    >>> metric = LastValue(name="batch_loss")
+    >>> metric.update_state(2.5)
+    >>> float(metric.result())
+    2.5
+    """
+
+    def __init__(self, name="last_value", dtype="float32"):
+        super().__init__(name=name, dtype=dtype)
+        self.value = self.add_variable((), "zeros", name="value")
+
+    def update_state(self, value, sample_weight=None):
+        self.value.assign(ops.cast(value, self.dtype))
+
+    def result(self):
+        return ops.convert_to_tensor(self.value)

@@ -19,6 +19,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
+from keras_stable.choices import NORM_KINDS
 from keras_stable.choices import Architecture
 from keras_stable.choices import Clip
 from keras_stable.choices import Learned
@@ -27,8 +28,8 @@ from keras_stable.choices import QKVNorm
 from keras_stable.choices import SigmaReparam
 from keras_stable.choices import Softmax
 from keras_stable.choices import check_choice
-from keras_stable.choices import NORM_KINDS
 from keras_stable.choices import nearest
+
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:

@@ -12,7 +12,8 @@ import pytest
 from keras import ops
 
 from keras_stable.optimizers import AdamW
-from keras_stable.schedules import SCHEDULES, WarmupSchedule
+from keras_stable.schedules import SCHEDULES
+from keras_stable.schedules import WarmupSchedule
 
 # `keras.Variable.__array__` is behind NumPy 2; Keras itself calls it when it
 # saves and in `get_config`.
@@ -56,7 +57,8 @@ def reference_adamw(
     decayed=lambda w: w.ndim >= 2,
 ):
     """AdamW in float64, in Kingma and Ba's order with the bias-corrected
-    moments written out; clips the global norm at `clip`."""
+    moments written out; clips the global norm at `clip`.
+    """
     weights = [np.array(w, "float64") for w in weights]
     m = [np.zeros_like(w) for w in weights]
     v = [np.zeros_like(w) for w in weights]
