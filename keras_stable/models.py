@@ -63,8 +63,8 @@ class StableCausalLM(keras_hub.models.CausalLM):
             in `fit` and `generate`; batches of token ids pass it by.
 
     Beside `loss`, the mean since the epoch began, `fit` reports `batch_loss`,
-    that of the last batch alone. `fit` takes strings, or dictionaries with `"token_ids"` and optionally
-    `"padding_mask"` with the next ids as targets.
+    that of the last batch alone. `fit` takes strings, or dictionaries with
+    `"token_ids"` and optionally `"padding_mask"` with the next ids as targets.
 
     Example:
 

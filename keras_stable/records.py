@@ -22,6 +22,8 @@ from pathlib import Path
 
 import keras
 
+from keras_stable import backend
+
 SCHEMA = 1
 PACKAGES = "keras keras-hub numpy grain jax torch tensorflow tensorflow-cpu"
 
@@ -62,19 +64,12 @@ def environment():
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "backend": keras.backend.backend(),
-        "device": _device(),
+        "device": backend.device_name(),
         "versions": versions,
         "git_commit": _git_commit(),
         "command": " ".join(["python", *sys.argv]),
         "started": now.isoformat(timespec="seconds"),
     }
-
-
-def _device():
-    # A device's name is the backend's to tell.
-    from keras_stable import backend
-
-    return backend.device_name()
 
 
 def _git_commit():
@@ -163,7 +158,6 @@ def read_health(path):
     return sorted(records, key=lambda record: record["step"])
 
 
-@keras.saving.register_keras_serializable("keras_stable")
 class LossRecorder(keras.callbacks.Callback):
     """Writes the true loss of every training step to `health.jsonl`.
 
