@@ -135,10 +135,9 @@ class StableCausalLM(keras_hub.models.CausalLM):
         """
         return super().fit(*args, shuffle=shuffle, **kwargs)
 
-    def compute_loss(self, *args, training=True, **kwargs):
-        loss = super().compute_loss(*args, training=training, **kwargs)
-        if training:
-            self.batch_loss.update_state(loss)
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        self.batch_loss.update_state(loss)
         return loss
 
     # KerasHub's tasks forget compile settings and optimizer slots when saved;

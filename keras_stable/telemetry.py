@@ -50,4 +50,5 @@ class LastValue(keras.metrics.Metric):
         self.value.assign(ops.cast(value, self.dtype))
 
     def result(self):
-        return ops.convert_to_tensor(self.value)
+        # Not the variable itself, which the next step overwrites.
+        return ops.copy(ops.convert_to_tensor(self.value))
