@@ -8,6 +8,7 @@ from keras_stable.choices import Placement as Placement
 from keras_stable.choices import QKVNorm as QKVNorm
 from keras_stable.choices import SigmaReparam as SigmaReparam
 from keras_stable.choices import Softmax as Softmax
+from keras_stable.choices import check_choice as check_choice
 from keras_stable.variants import VARIANTS as VARIANTS
 from keras_stable.variants import Variant as Variant
 from keras_stable.variants import get as get_variant

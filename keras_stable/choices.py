@@ -57,6 +57,7 @@ def nearest(received, allowed, what):
 
 
 def check_choice(value, allowed, what):
+    """Raises the `ValueError` of `nearest` unless `value` is allowed."""
     if value not in allowed:
         raise nearest(value, allowed, what)
 
@@ -105,7 +106,8 @@ class Placement:
         for field in ("skip", "gain"):
             value = getattr(self, field)
             if isinstance(value, str):
-                check_choice(value, DEPTH_SCALES, f"depth formula for `{field}`")
+                what = f"depth formula for `{field}`"
+                check_choice(value, DEPTH_SCALES, what)
             elif not (field == "gain" and isinstance(value, Learned)):
                 check_number(value, f"`{field}`")
 

@@ -93,6 +93,9 @@ class RunDirectory:
         path: the directory. Made, with its parents, if it is not there.
         config: dictionary of JSON values: what was asked for.
 
+    Attributes:
+        record: dictionary, the content of `run.json`.
+
     Raises:
         FileExistsError: if it holds a run already.
         OSError: if it cannot be written.
@@ -117,16 +120,16 @@ class RunDirectory:
                 f"{self.path} is a file. Give a directory for the run."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self._record = {"schema": SCHEMA, "status": "running"}
+        self.record = {"schema": SCHEMA, "status": "running"}
         self.update(config=config, **environment())
 
     def update(self, **entries):
         """Adds entries to `run.json`, or replaces them."""
-        self._record.update(_to_json(entries))
+        self.record.update(_to_json(entries))
         file = self.path / "run.json"
         # A reader, or a full disk, never sees half a file.
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(self._record, indent=2) + "\n")
+        part.write_text(json.dumps(self.record, indent=2) + "\n")
         os.replace(part, file)
 
 

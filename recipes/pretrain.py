@@ -1,0 +1,282 @@
+"""Pretrains a language model with one stability method.
+
+Question: how does a method train at a learning rate?
+Writes a run directory: run.json, health.jsonl (the true loss of every step)
+and model.keras. Ends with the validation loss beside the entropies of one
+and two tokens: a model that does not beat them has learned counting.
+
+    python recipes/pretrain.py
+    python recipes/pretrain.py --variant qk_norm_cap --learning-rate 1e-2
+    python recipes/pretrain.py --data books/ --size 10m --tokens 20e6 \\
+        --precision mixed_bfloat16 --remat
+
+The defaults take about two minutes on two CPU cores.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import logging
+import math
+import os
+import sys
+
+BACKENDS = ("jax", "torch", "tensorflow")
+PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16", "mixed_float16")
+
+
+def positive(kind):
+    def convert(text):
+        value = kind(float(text)) if kind is int else kind(text)
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError
+        return value
+
+    # What argparse calls a value that was refused.
+    convert.__name__ = f"positive {'integer' if kind is int else 'number'}"
+    return convert
+
+
+def choose_backend(arguments):
+    """Sets KERAS_BACKEND, which Keras reads once, when it is imported."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--backend")
+    backend = parser.parse_known_args(arguments)[0].backend
+    backend = backend or os.environ.get("KERAS_BACKEND", "jax")
+    if backend not in BACKENDS:
+        sys.exit(
+            f"pretrain: unknown backend {backend!r} in --backend or "
+            f"KERAS_BACKEND. Allowed: {', '.join(BACKENDS)}."
+        )
+    if importlib.util.find_spec(backend) is None:
+        sys.exit(
+            f"pretrain: the backend {backend} is not installed: "
+            f"pip install 'keras-stable[{backend}]'"
+        )
+    os.environ["KERAS_BACKEND"] = backend
+    # Greetings of TensorFlow, which KerasHub imports if it is there, and a
+    # warning about KerasHub's own prefetching.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("absl").setLevel(logging.ERROR)
+
+
+def parse(arguments, ks):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="variants:\n"
+        + "\n".join(f"  {v.name:14} {v.note}" for v in ks.VARIANTS.values()),
+    )
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--variant",
+        default="baseline",
+        help="stability method, see below (baseline)",
+    )
+    add(
+        "--size",
+        default="1m",
+        help=f"one of {', '.join(ks.SIZES)} (1m); the four that follow win "
+        "over it",
+    )
+    add("--num-layers", type=positive(int), help="transformer blocks")
+    add("--num-heads", type=positive(int), help="divides the hidden dimension")
+    add("--hidden-dim", type=positive(int), help="width of the residual stream")
+    add("--intermediate-dim", type=positive(int), help="inner width of the MLP")
+    add("--dropout", type=float, default=0.0, help="in [0, 1) (0)")
+    add(
+        "--remat",
+        action="store_true",
+        help="recompute each block in the backward pass: less memory, about "
+        "a third more time",
+    )
+    add = parser.add_argument_group("data").add_argument
+    add(
+        "--data",
+        default="python",
+        help="python: source of the standard library; or a file, a "
+        "directory, a quoted glob (python)",
+    )
+    add(
+        "--tokenizer",
+        default="byte",
+        help="byte, or character: one id for each character of the text",
+    )
+    add("--sequence-length", type=positive(int), default=128, help="(128)")
+    add("--batch-size", type=positive(int), default=8, help="sequences (8)")
+    add(
+        "--validation-tokens",
+        type=positive(float),
+        default=200_000,
+        help="at most so many are evaluated (200000)",
+    )
+    add = parser.add_argument_group("training").add_argument
+    add("--steps", type=positive(int), help="optimizer updates (1500)")
+    add("--tokens", type=positive(float), help="instead of --steps, e.g. 20e6")
+    add(
+        "--learning-rate",
+        type=positive(float),
+        default=3e-3,
+        help="the schedule's peak (3e-3). Higher is faster until it diverges: "
+        "that edge is what the variants move",
+    )
+    add(
+        "--schedule",
+        default="cosine",
+        help=f"{', '.join(ks.SCHEDULES)}: after the warm-up (cosine)",
+    )
+    add("--warmup-steps", type=int, help="linear warm-up (5 %% of the steps)")
+    add("--weight-decay", type=float, default=0.1, help="on matrices (0.1)")
+    add("--seed", type=int, default=0, help="of weights, batches, dropout (0)")
+    add(
+        "--precision",
+        default="float32",
+        help=f"{', '.join(PRECISIONS)} (float32). mixed_*: float32 weights; "
+        "mixed_float16 scales its loss; bfloat16 wants an Ampere GPU or a TPU",
+    )
+    add(
+        "--distribution",
+        default="none",
+        help=f"{', '.join(ks.DISTRIBUTIONS)}; data: the batch is divided "
+        "among all devices (jax)",
+    )
+    add(
+        "--backend",
+        help=f"{', '.join(BACKENDS)} (KERAS_BACKEND, or jax)",
+    )
+    add = parser.add_argument_group("output").add_argument
+    add("--out", help="run directory, new (runs/VARIANT-TIME)")
+    add("--prompt", help="the sample's beginning")
+    args = parser.parse_args(arguments)
+    if args.steps and args.tokens:
+        parser.error("--steps and --tokens say the same: give one of them.")
+    return args
+
+
+def prepare(args, ks, keras):
+    """Everything that can be refused, before the first step."""
+    ks.check_choice(args.precision, PRECISIONS, "precision")
+    ks.check_choice(args.tokenizer, ("byte", "character"), "tokenizer")
+    ks.get_variant(args.variant)
+    if args.steps is None:
+        per_step = args.batch_size * args.sequence_length
+        args.steps = int(args.tokens // per_step) if args.tokens else 1500
+        if not args.steps:
+            raise ValueError(
+                f"--tokens {args.tokens:g} is less than one batch of "
+                f"{per_step} tokens."
+            )
+    schedule = ks.WarmupSchedule(
+        args.learning_rate,
+        args.steps,
+        warmup_steps=args.warmup_steps,
+        shape=args.schedule,
+    )
+    optimizer = ks.AdamW(schedule, weight_decay=args.weight_decay)
+    keras.utils.set_random_seed(args.seed)
+    keras.config.set_dtype_policy(args.precision)
+    ks.set_distribution(args.distribution, args.batch_size)
+
+    documents = ks.load_corpus(args.data)
+    tokenizer = ks.ByteTokenizer()
+    if args.tokenizer == "character":
+        # One text needs no separator: its vocabulary is its characters.
+        tokenizer = ks.CharacterTokenizer.from_text(
+            documents, separator=len(documents) > 1
+        )
+    training, validation = (
+        ks.pack(side, tokenizer) for side in ks.split(documents)
+    )
+    shape = (args.batch_size, args.sequence_length)
+    batches = ks.TokenBatches(training, *shape, seed=args.seed)
+    evaluation = ks.TokenBatches(validation, *shape, shuffle=False)
+    most = max(int(args.validation_tokens // (shape[0] * shape[1])), 1)
+
+    dims = ("num_layers", "num_heads", "hidden_dim", "intermediate_dim")
+    given = {d: getattr(args, d) for d in dims if getattr(args, d)}
+    if "hidden_dim" in given:
+        given.setdefault("intermediate_dim", 4 * given["hidden_dim"])
+    lm = ks.StableCausalLM.from_size(
+        args.size,
+        tokenizer.vocabulary_size(),
+        args.variant,
+        tokenizer=tokenizer,
+        dropout=args.dropout,
+        remat=args.remat,
+        seed=args.seed,
+        **given,
+    )
+    lm.compile(optimizer)
+
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    args.out = args.out or f"runs/{args.variant}-{now}"
+    run = ks.RunDirectory(args.out, vars(args))
+    run.update(
+        parameters=lm.count_params(),
+        tokens=args.steps * shape[0] * shape[1],
+        corpus={
+            "documents": len(documents),
+            "training_tokens": len(training),
+            "validation_tokens": len(validation),
+            "vocabulary_size": tokenizer.vocabulary_size(),
+            # What counting one and two tokens reaches on the validation text.
+            "unigram_entropy": ks.unigram_entropy(validation),
+            "bigram_entropy": ks.bigram_entropy(validation),
+        },
+    )
+    # All steps in one pass for `fit`, whatever the corpus's passes are.
+    return lm, batches.repeat()[: args.steps], evaluation[:most], run
+
+
+def report(run, args, loss, sample):
+    corpus = run.record["corpus"]
+    rows = {
+        "validation loss": loss,
+        "unigram entropy": corpus["unigram_entropy"],
+        "bigram entropy": corpus["bigram_entropy"],
+    }
+    print(f"\n{'':17}nats/token  perplexity")
+    for name, value in rows.items():
+        # Beyond 700 the exponential overflows; the run has diverged anyway.
+        print(f"{name:17}{value:10.4f}  {math.exp(min(value, 700)):10.2f}")
+    print(f"\nsample:\n{sample}\n\nrun directory: {args.out}")
+
+
+def main(arguments=None):
+    arguments = sys.argv[1:] if arguments is None else arguments
+    choose_backend(arguments)
+    import keras
+
+    import keras_stable as ks
+
+    args = parse(arguments, ks)
+    try:
+        lm, batches, evaluation, run = prepare(args, ks, keras)
+    except (ValueError, OSError) as error:
+        sys.exit(f"pretrain: {error}")
+    print(
+        f"{args.variant}, {lm.count_params():,} parameters, {args.precision}, "
+        f"{keras.backend.backend()} on {run.record['device']}; "
+        f"{run.record['tokens']:,} tokens in {args.steps} steps"
+    )
+    recorder = ks.LossRecorder(run.path)
+    lm.fit(batches, callbacks=[recorder], verbose=1)
+    loss = lm.evaluate(evaluation, return_dict=True, verbose=0)["loss"]
+    prompt = args.prompt or ("def " if args.data == "python" else "The ")
+    sample = lm.generate(
+        prompt, max_length=args.sequence_length, stop_token_ids=None
+    )
+    lm.save(run.path / "model.keras")
+    run.update(
+        status="finished" if math.isfinite(loss) else "diverged",
+        last_batch_loss=recorder.last_loss,
+        validation_loss=loss,
+        perplexity=math.exp(min(loss, 700)),
+        sample=sample,
+    )
+    report(run, args, loss, sample)
+
+
+if __name__ == "__main__":
+    main()
