@@ -97,6 +97,12 @@ def attend(
         else:
             mask = visible(length, segment_ids, sliding_window)
             where = {"mask": mask[:, None]}
+        if k_BSKH.shape[2] == 1:
+            # Keras on TensorFlow repeats two heads and more, but not one.
+            k_BSKH, v_BSKH = (
+                ops.repeat(x, q_BTNH.shape[2], axis=2)
+                for x in (k_BSKH, v_BSKH)
+            )
         return ops.dot_product_attention(
             q_BTNH, k_BSKH, v_BSKH, scale=scale, **where
         )

@@ -70,6 +70,7 @@ class Residual(keras.layers.Layer):
         def scaled(x, scale):
             if isinstance(scale, float) and scale == 1.0:
                 return x
+            scale = ops.cast(scale, "float32")
             return ops.cast(ops.cast(x, "float32") * scale, x.dtype)
 
         y_BTD = branch(normalize(self.pre_norm, x_BTD))

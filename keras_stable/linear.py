@@ -122,6 +122,13 @@ class SigmaReparamDense(keras.layers.Dense):
             x = x + ops.cast(self.bias, self.compute_dtype)
         return self.activation(x) if self.activation is not None else x
 
+    # `Dense` would save its kernel and bias alone.
+    def save_own_variables(self, store):
+        keras.layers.Layer.save_own_variables(self, store)
+
+    def load_own_variables(self, store):
+        keras.layers.Layer.load_own_variables(self, store)
+
     def get_config(self):
         return {**super().get_config(), "gamma_init": self.gamma_init}
 

@@ -21,6 +21,9 @@ from keras_stable.telemetry import LastValue
 class StableCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     """From strings to packed ids for `StableCausalLM`, and back.
 
+    A prompt to `generate` begins with the tokenizer's start token, if it has
+    one, as in all of KerasHub.
+
     Args:
         tokenizer: a KerasHub tokenizer.
         sequence_length: int. Defaults to 1024.

@@ -27,6 +27,10 @@ class _Norm(keras.layers.Layer):
             name=name, shape=shape, initializer=initializer, autocast=False
         )
 
+    def _float32(self, weight):
+        # A no-op unless the policy is a pure 16-bit one.
+        return ops.cast(weight, "float32")
+
     def call(self, x):
         # Squares of bfloat16 numbers lose digits, those of float16 overflow.
         normalized = self._normalize(ops.cast(x, "float32"))
@@ -83,8 +87,8 @@ class LayerNorm(_Norm):
         variance = ops.mean(ops.square(x), axis=-1, keepdims=True)
         x = x * ops.rsqrt(variance + self.epsilon)
         if self.use_scale:
-            x = x * self.scale
-        return x + self.bias if self.use_bias else x
+            x = x * self._float32(self.scale)
+        return x + self._float32(self.bias) if self.use_bias else x
 
     def get_config(self):
         choices = {"scale": self.use_scale, "bias": self.use_bias}
@@ -129,7 +133,9 @@ class RMSNorm(_Norm):
     def _normalize(self, x):
         mean_square = ops.mean(ops.square(x), axis=-1, keepdims=True)
         x = x * ops.rsqrt(mean_square + self.epsilon)
-        return x * (self.offset + self.scale) if self.use_scale else x
+        if not self.use_scale:
+            return x
+        return x * (self.offset + self._float32(self.scale))
 
     def get_config(self):
         choices = {"scale": self.use_scale, "offset": self.offset}
@@ -167,13 +173,15 @@ class L2Norm(_Norm):
 
     def _normalize(self, x):
         sum_square = ops.sum(ops.square(x), axis=-1, keepdims=True)
-        return self.gain * x * ops.rsqrt(sum_square + self.epsilon)
+        return self._float32(self.gain) * x * ops.rsqrt(sum_square + self.epsilon)
 
 
 NORMS = {
     "layer": lambda **kwargs: LayerNorm(**kwargs),
     "layer_no_bias": lambda **kwargs: LayerNorm(bias=False, **kwargs),
-    "layer_plain": lambda **kwargs: LayerNorm(scale=False, bias=False, **kwargs),
+    "layer_plain": lambda **kwargs: LayerNorm(
+        scale=False, bias=False, **kwargs
+    ),
     "rms": lambda **kwargs: RMSNorm(**kwargs),
     "rms_plus_one": lambda **kwargs: RMSNorm(offset=1.0, **kwargs),
     "rms_plain": lambda **kwargs: RMSNorm(scale=False, **kwargs),

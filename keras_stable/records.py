@@ -193,6 +193,7 @@ class LossRecorder(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if "batch_loss" not in logs:
+            self._file.close()
             raise ValueError(
                 "`LossRecorder` needs a model that reports `batch_loss`, as "
                 f"`StableCausalLM` does. Received logs: {list(logs)}"

@@ -97,7 +97,7 @@ class Variant:
                 continue
             owners = [f for f, cls in _PARTS.items() if name in _names(cls)]
             if not owners:
-                leaves = [leaf for cls in _PARTS.values() for leaf in _names(cls)]
+                leaves = [n for cls in _PARTS.values() for n in _names(cls)]
                 raise nearest(name, (*_FIELDS, *leaves), "field of Variant")
             for owner in owners:
                 part = new.get(owner, getattr(self, owner))

@@ -23,6 +23,8 @@ class Recording(ks.AdamW):
         ]
 
     def apply(self, grads, trainable_variables=None):
+        if not self.built:
+            self.build(trainable_variables)
         for slot, grad in zip(self.seen, grads):
             slot.assign(keras.ops.convert_to_tensor(grad))
         super().apply(grads, trainable_variables)

@@ -198,7 +198,8 @@ def test_generate_continues_the_prompt():
     lm.compile(sampler="greedy")
     text = lm.generate("ab", max_length=8, stop_token_ids=None)
     assert text.startswith("ab")
-    ids = tokenizer.tokenize("ab").tolist()
+    # The prompt begins a document, as after a separator in training.
+    ids = [0, *tokenizer.tokenize("ab").tolist()]
     while len(ids) < 8:
         logits = numpy(lm({"token_ids": np.array([ids])}))
         ids.append(int(logits[0, -1].argmax()))
