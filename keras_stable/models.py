@@ -130,13 +130,31 @@ class StableCausalLM(keras_hub.models.CausalLM):
             optimizer = AdamW(3e-4)
         super().compile(optimizer=optimizer, loss=loss, **kwargs)
 
-    def fit(self, *args, shuffle=False, **kwargs):
+    def fit(self, x=None, *args, shuffle=False, **kwargs):
         """See `keras.Model.fit`; samples are taken in the order given.
 
         KerasHub feeds arrays through Grain unshuffled whatever `shuffle` is
         (and Keras warns if it is true); `TokenBatches` shuffles by itself.
         """
-        return super().fit(*args, shuffle=shuffle, **kwargs)
+        self._check_ids(x)
+        return super().fit(x, *args, shuffle=shuffle, **kwargs)
+
+    def evaluate(self, x=None, *args, **kwargs):
+        """See `keras.Model.evaluate`."""
+        self._check_ids(x)
+        return super().evaluate(x, *args, **kwargs)
+
+    def _check_ids(self, x):
+        """Refuses ids that a lookup would clip or wrap without a word."""
+        ids = x.get("token_ids") if isinstance(x, dict) else None
+        if isinstance(ids, np.ndarray) and ids.size:
+            size = self.backbone.token_embedding.input_dim
+            low, high = ids.min(), ids.max()
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"Token ids must be in [0, {size}), the model's "
+                    f"vocabulary. Received: ids from {low} to {high}"
+                )
 
     def compute_loss(self, *args, **kwargs):
         loss = super().compute_loss(*args, **kwargs)
@@ -159,15 +177,8 @@ class StableCausalLM(keras_hub.models.CausalLM):
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if not isinstance(x, dict) or "token_ids" not in x:
             return super().preprocess_samples(x, y, sample_weight)
-        ids, size = x["token_ids"], self.backbone.token_embedding.input_dim
-        # An embedding lookup clips or wraps such ids without a word.
-        if isinstance(ids, np.ndarray) and ids.size:
-            low, high = ids.min(), ids.max()
-            if low < 0 or high >= size:
-                raise ValueError(
-                    f"Token ids must be in [0, {size}), the model's "
-                    f"vocabulary. Received: ids from {low} to {high}"
-                )
+        # Batches of a Grain pipeline are seen here for the first time.
+        self._check_ids(x)
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
     def generate_step(self, inputs, stop_token_ids=None):
