@@ -1,6 +1,6 @@
 """Run once a backend: logits, gradients and an update of every variant.
 
-    KERAS_BACKEND=torch python tests/probe.py OUT.npz
+KERAS_BACKEND=torch python tests/probe.py OUT.npz
 """
 
 import sys
