@@ -1,0 +1,128 @@
+"""The block in float64 numpy, from the formulas, weights by their paths.
+
+Shares no code with the package. Also gradients on any backend.
+"""
+
+import math
+
+import keras
+import numpy as np
+
+
+def weights_of(layer):
+    """`{path below the layer: float64 array}`."""
+    found = {}
+    for v in layer.weights:
+        value = keras.ops.convert_to_numpy(v).astype("float64")
+        found[v.path.split("/", 1)[1] if "/" in v.path else v.path] = value
+    return found
+
+
+def randomize(layer, seed=0):
+    """Weights large enough that a wrong formula shows."""
+    rng = np.random.default_rng(seed)
+    for v in layer.weights:
+        value = rng.normal(size=v.shape)
+        if v.path.endswith("/u"):
+            continue
+        if v.path.endswith("kernel"):
+            value /= v.shape[0] ** 0.5
+        else:
+            value = 1 + 0.3 * value
+        v.assign(value.astype("float32"))
+
+
+def layer_norm(x, w, name, epsilon=1e-6):
+    x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon)
+    return x * w[f"{name}/scale"] + w[f"{name}/bias"]
+
+
+def rope(x):
+    B, T, N, H = x.shape
+    angle = np.arange(T)[:, None] * 10000.0 ** (-2 * np.arange(H // 2) / H)
+    # As complex numbers: a rotation is a product.
+    z = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * np.exp(
+        1j * angle[None, :, None]
+    )
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def gelu(x):
+    return 0.5 * x * (1 + np.vectorize(math.erf)(x / math.sqrt(2)))
+
+
+def linear(x, w, name, method):
+    kernel = w[f"{name}/kernel"]
+    if method == "sigma_reparam":
+        # The stored vector has converged: the estimate is the norm itself.
+        kernel = kernel * w[f"{name}/gamma"] / np.linalg.norm(kernel, 2)
+    return x @ kernel
+
+
+def attention(x, w, method, heads, visible):
+    B, T, D = x.shape
+    q, k, v = (
+        linear(x, w, f"attention/{name}", method).reshape(B, T, heads, -1)
+        for name in ("query", "key", "value")
+    )
+    if method.startswith("qk"):
+        q = layer_norm(q, w, "attention/query_norm")
+        k = layer_norm(k, w, "attention/key_norm")
+    if method == "qkv_norm":
+        v = layer_norm(v, w, "attention/value_norm")
+    z = np.einsum("btnh,bsnh->bnts", rope(q), rope(k)) / q.shape[-1] ** 0.5
+    if method == "soft_temp":
+        z = 0.5 * z
+    if method in ("soft_cap", "qk_norm_cap"):
+        z = 50 * np.tanh(z / 50)
+    z = np.where(visible, z, -np.inf)
+    p = np.exp(z - z.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    if method == "soft_clip":
+        p = np.clip(1.06 * p - 0.03, 0, 1)
+    y = np.einsum("bnts,bsnh->btnh", p, v).reshape(B, T, -1)
+    return linear(y, w, "attention/output", method)
+
+
+def block(x, w, method, heads, visible):
+    """One of the paper's ten, by name."""
+
+    def branch_end(y, name):
+        if method == "layer_scale":
+            return y * w[f"{name}/gain"]
+        if method == "qk_fc_norm":
+            return layer_norm(y, w, f"{name}/branch_norm")
+        return y
+
+    h = x
+    if method != "qkv_norm":
+        h = layer_norm(x, w, "attention_residual/pre_norm")
+    y = attention(h, w, method, heads, visible)
+    x = x + branch_end(y, "attention_residual")
+    h = layer_norm(x, w, "mlp_residual/pre_norm")
+    h = gelu(linear(h, w, "mlp/fc1", method))
+    y = linear(h, w, "mlp/fc2", method)
+    return x + branch_end(y, "mlp_residual")
+
+
+def gradient(function, x):
+    """d function(x) / d x, as numpy; `function` returns a scalar."""
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        return np.asarray(jax.grad(function)(jax.numpy.asarray(x)))
+    if backend == "torch":
+        import torch
+
+        x = torch.tensor(x, requires_grad=True)
+        function(x).backward()
+        return x.grad.numpy()
+    import tensorflow as tf
+
+    x = tf.constant(x)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = function(x)
+    return tape.gradient(y, x).numpy()
