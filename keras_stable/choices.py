@@ -48,8 +48,9 @@ def nearest(received, allowed, what):
     """
     allowed = list(dict.fromkeys(allowed))
     texts = [name for name in allowed if isinstance(name, str)]
-    close = difflib.get_close_matches(str(received), texts, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    lower = {name.lower(): name for name in texts}
+    close = difflib.get_close_matches(str(received).lower(), lower, n=1)
+    hint = f" Did you mean {lower[close[0]]!r}?" if close else ""
     names = ", ".join(repr(name) for name in allowed)
     return ValueError(
         f"Unknown {what}.{hint} Allowed: {names}. Received: {received!r}"
