@@ -69,6 +69,7 @@ class PositionEmbedding(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.max_sequence_length = max_sequence_length
+        self.supports_masking = True
         self.embeddings_initializer = keras.initializers.get(
             embeddings_initializer
         )
