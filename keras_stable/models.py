@@ -195,8 +195,14 @@ class StableCausalLM(keras_hub.models.CausalLM):
         token_ids = ops.cast(inputs["token_ids"], "int32")
         prompt_BT = ops.cast(inputs["padding_mask"], "bool")
         lengths = ops.sum(ops.cast(prompt_BT, "int32"), axis=-1)
+        if stop_token_ids is not None:
+            # Samplers look for stops in the whole row, and the padding may be
+            # one: the byte tokenizer's zero is both.
+            stops = set(stop_token_ids)
+            other = next(i for i in range(len(stops) + 1) if i not in stops)
+            token_ids = ops.where(prompt_BT, token_ids, other)
 
-        def next(prompt, cache, index):
+        def next_logits(prompt, cache, index):
             # What stands behind `index` is invisible to a causal model.
             hidden_BTD = self.backbone({"token_ids": prompt})
             start = (0, index - 1, 0)
@@ -206,7 +212,7 @@ class StableCausalLM(keras_hub.models.CausalLM):
             return logits, hidden_BD, cache
 
         token_ids = self.sampler(
-            next=next,
+            next=next_logits,
             prompt=token_ids,
             index=ops.min(lengths),
             mask=prompt_BT,
@@ -215,10 +221,10 @@ class StableCausalLM(keras_hub.models.CausalLM):
         )
         mask = ops.ones_like(prompt_BT)
         if stop_token_ids is not None:
-            stops = ops.zeros_like(prompt_BT)
+            ends = ops.zeros_like(prompt_BT)
             for stop in stop_token_ids:
-                stops = ops.logical_or(stops, ops.equal(token_ids, stop))
-            stops = ops.logical_and(stops, ops.logical_not(prompt_BT))
-            stops = ops.cast(stops, "int32")
-            mask = ops.equal(ops.cumsum(stops, axis=-1) - stops, 0)
+                ends = ops.logical_or(ends, ops.equal(token_ids, stop))
+            ends = ops.logical_and(ends, ops.logical_not(prompt_BT))
+            ends = ops.cast(ends, "int32")
+            mask = ops.equal(ops.cumsum(ends, axis=-1) - ends, 0)
         return {"token_ids": token_ids, "padding_mask": mask}

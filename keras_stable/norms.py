@@ -173,7 +173,8 @@ class L2Norm(_Norm):
 
     def _normalize(self, x):
         sum_square = ops.sum(ops.square(x), axis=-1, keepdims=True)
-        return self._float32(self.gain) * x * ops.rsqrt(sum_square + self.epsilon)
+        scale = ops.rsqrt(sum_square + self.epsilon)
+        return self._float32(self.gain) * x * scale
 
 
 NORMS = {

@@ -1,6 +1,6 @@
 """Gathers run directories into one result file.
 
-    python recipes/collect.py recipes/results/NAME.json runs/a runs/b ...
+Usage: python recipes/collect.py recipes/results/NAME.json runs/a runs/b ...
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Pretrains a language model with one stability method.
+r"""Pretrains a language model with one stability method.
 
 Question: how does a method train at a learning rate?
 Writes a run directory: run.json, health.jsonl (the true loss of every step)
@@ -7,7 +7,7 @@ and two tokens: a model that does not beat them has learned counting.
 
     python recipes/pretrain.py
     python recipes/pretrain.py --variant qk_norm_cap --learning-rate 1e-2
-    python recipes/pretrain.py --data books/ --size 10m --tokens 20e6 \\
+    python recipes/pretrain.py --data books/ --size 10m --tokens 20e6 \
         --precision mixed_bfloat16 --remat
 
 The defaults take about two minutes on two CPU cores.

@@ -225,3 +225,16 @@ def test_errors():
     x, y = samples(vocabulary=40)
     with pytest.raises(ValueError, match=r"in \[0, 31\).*ids from"):
         lm.fit(x, y, verbose=0)
+
+
+def test_generation_stops_at_the_stop_token_and_not_at_padding():
+    tokenizer = ks.ByteTokenizer()
+    lm = small(vocabulary_size=256, tokenizer=tokenizer)
+    lm.compile(sampler="greedy")
+    # Padding and stop are both 0 for bytes: only a generated 0 is a stop.
+    whole = lm.generate("ab", max_length=8, stop_token_ids=None)
+    assert lm.generate("ab", max_length=8) == whole
+    logits = numpy(lm({"token_ids": np.array([[0, *b"ab"]])}))
+    first = int(logits[0, -1].argmax())
+    stopped = lm.generate("ab", max_length=8, stop_token_ids=[first])
+    assert stopped == tokenizer.detokenize([0, *b"ab", first])

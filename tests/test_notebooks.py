@@ -22,7 +22,8 @@ def test_runs_top_to_bottom(path, monkeypatch):
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert not any(c.outputs for c in code)
     assert "KERAS_BACKEND" in code[0].source
-    (settings,) = (c for c in code if "parameters" in c.metadata.get("tags", ()))
+    tagged = [c for c in code if "parameters" in c.metadata.get("tags", ())]
+    (settings,) = tagged
     for large, small in SMALL.items():
         assert large in settings.source
         settings.source = settings.source.replace(large, small)
