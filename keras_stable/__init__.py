@@ -24,6 +24,10 @@ from keras_stable.attention import CausalSelfAttention as CausalSelfAttention
 from keras_stable.mlp import MLP as MLP
 from keras_stable.block import TransformerBlock as TransformerBlock
 
+# Telemetry of any Keras model.
+from keras_stable.watch import Watch as Watch
+from keras_stable.watch import watch as watch
+
 # Models.
 from keras_stable.backbone import PAPER_VOCABULARY as PAPER_VOCABULARY
 from keras_stable.backbone import SIZES as SIZES
@@ -51,9 +55,23 @@ from keras_stable.data import pack as pack
 from keras_stable.data import unigram_entropy as unigram_entropy
 
 # Records of a run.
-from keras_stable.records import LossRecorder as LossRecorder
+from keras_stable.records import Health as Health
 from keras_stable.records import RunDirectory as RunDirectory
 from keras_stable.records import read_health as read_health
 from keras_stable.records import read_run as read_run
+
+# The monitor.
+from keras_stable.criteria import classify as classify
+from keras_stable.criteria import spike_rate_robust as spike_rate_robust
+from keras_stable.criteria import (
+    spike_score_olmo_core as spike_score_olmo_core,
+)
+from keras_stable.criteria import spike_score_paper as spike_score_paper
+from keras_stable.detectors import Event as Event
+from keras_stable.detectors import Verdict as Verdict
+from keras_stable.monitor import StabilityMonitor as StabilityMonitor
+from keras_stable.monitor import TrainingHalted as TrainingHalted
+from keras_stable.sinks import TensorBoard as TensorBoard
+from keras_stable.sinks import WeightsAndBiases as WeightsAndBiases
 
 __version__ = "0.1.0"

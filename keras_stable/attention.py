@@ -7,6 +7,7 @@ value heads, G = N / K queries a key, H head dimension.
 import keras
 from keras import ops
 
+from keras_stable import telemetry
 from keras_stable import variants
 from keras_stable.linear import advance
 from keras_stable.linear import apply_linear
@@ -15,7 +16,6 @@ from keras_stable.norms import make_norm
 from keras_stable.positions import rotate
 from keras_stable.randomness import check_rate
 from keras_stable.randomness import dropout
-from keras_stable.telemetry import measure
 
 
 def soft_cap(x, cap):
@@ -57,7 +57,6 @@ def attend(
     sliding_window=None,
     dropout_rate=0.0,
     seed=None,
-    return_stats=False,
 ):
     """Attention from queries, keys and values, by the formula.
 
@@ -76,9 +75,6 @@ def attend(
         segment_ids: int tensor (B, T) or None: tokens see their own document.
         sliding_window: int or None: how many keys a query sees at most.
         dropout_rate, seed: dropout on probabilities, where `seed` is given.
-        return_stats: whether to return `(y, stats)`, where
-            `stats["max_logit"]` is the largest visible z before the cap, a
-            float32 tensor (N,).
 
     Returns:
         Tensor of the shape and dtype of `q_BTNH`.
@@ -90,8 +86,8 @@ def attend(
     # JAX's path has no float16 products with float32 sums on CPU, and GPUs
     # that want float16 (T4) have no fused kernel in it.
     plain = plain and keras.backend.standardize_dtype(q_BTNH.dtype) != "float16"
-    if plain and seed is None and not return_stats:
-        # Nothing asks for logits or probabilities: the fused path will do.
+    if plain and seed is None:
+        # Nothing changes logits or probabilities: the fused path will do.
         if segment_ids is None and sliding_window is None:
             where = {"is_causal": True}
         else:
@@ -117,6 +113,8 @@ def attend(
     raw_BKGTS = scale * ops.einsum(
         "btkgh,bskh->bkgts", q_BTKGH, ops.cast(k_BSKH, "float32")
     )
+    if (recorder := telemetry.recorder()) is not None:
+        recorder.logits(raw_BKGTS, mask, softmax.cap)
     z = ops.cast(ops.cast(raw_BKGTS, softmax.logits_dtype), "float32")
     if softmax.cap is not None:
         z = soft_cap(z, softmax.cap)
@@ -130,12 +128,7 @@ def attend(
         p = ops.clip((clip.zeta - gamma) * p + gamma, 0.0, 1.0)
     p = ops.cast(dropout(p, dropout_rate, seed), v_BSKH.dtype)
     y_BTKGH = ops.einsum("bkgts,bskh->btkgh", p, v_BSKH)
-    y_BTNH = ops.reshape(y_BTKGH, (B, T, N, H))
-    if not return_stats:
-        return y_BTNH
-    largest = ops.max(ops.where(mask, raw_BKGTS, -1e30), axis=(0, 3, 4))
-    stats = {"max_logit": ops.stop_gradient(ops.reshape(largest, (N,)))}
-    return y_BTNH, stats
+    return ops.reshape(y_BTKGH, (B, T, N, H))
 
 
 @keras.saving.register_keras_serializable("keras_stable")
@@ -318,14 +311,7 @@ class CausalSelfAttention(keras.layers.Layer):
             x = rotate(x, ops.arange(flat[1]), self.rope_wavelength)
         return x if before else normalize(x)
 
-    def call(
-        self,
-        x_BTD,
-        segment_ids=None,
-        state=None,
-        training=None,
-        return_stats=False,
-    ):
+    def call(self, x_BTD, segment_ids=None, state=None, training=None):
         x_BTD = ops.cast(x_BTD, self.compute_dtype)
         state = self.next_state(training) if state is None else state
         query = apply_linear(self.query, x_BTD, state)
@@ -342,18 +328,9 @@ class CausalSelfAttention(keras.layers.Layer):
             sliding_window=self.sliding_window,
             dropout_rate=self.dropout,
             seed=state.get("seed"),
-            return_stats=return_stats,
         )
-        y_BTNH, stats = y_BTNH if return_stats else (y_BTNH, {})
         y_BTE = ops.reshape(y_BTNH, ops.shape(query))
-        y_BTD = apply_linear(self.output_dense, y_BTE, state)
-        if not return_stats:
-            return y_BTD
-        for name, x in zip(
-            ("query", "key", "value", "output"), (query, key, value, y_BTD)
-        ):
-            stats[name] = measure(x)
-        return y_BTD, stats
+        return apply_linear(self.output_dense, y_BTE, state)
 
     def get_config(self):
         return {

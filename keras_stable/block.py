@@ -6,6 +6,7 @@ B batch, T time, D model dimension.
 import keras
 from keras import ops
 
+from keras_stable import telemetry
 from keras_stable import variants
 from keras_stable.attention import CausalSelfAttention
 from keras_stable.mlp import MLP
@@ -119,15 +120,11 @@ class TransformerBlock(keras.layers.Layer):
         state: what `next_state(training)` returned; called here by default.
             Pass it when the call itself is rematerialised.
         training: bool.
-        return_stats: bool. `block(x)` gives x, `block(x, return_stats=True)`
-            gives `(x, stats)`: nested dictionaries by sub-layer, float32.
 
     Example:
 
     >>> block = TransformerBlock(num_heads=4, variant="qkv_norm")
-    >>> x, stats = block(keras.random.normal((2, 8, 32)), return_stats=True)
-    >>> stats["attention"]["query"]["l2"].shape
-    ()
+    >>> x = block(keras.random.normal((2, 8, 32)))
     """
 
     def __init__(
@@ -203,31 +200,15 @@ class TransformerBlock(keras.layers.Layer):
             state["seeds"] = [generator.next() for _ in range(2)]
         return state
 
-    def call(
-        self,
-        x_BTD,
-        segment_ids=None,
-        state=None,
-        training=None,
-        return_stats=False,
-    ):
+    def call(self, x_BTD, segment_ids=None, state=None, training=None):
         x_BTD = ops.cast(x_BTD, self.compute_dtype)
         state = self.next_state(training) if state is None else state
 
         def compute(x_BTD, state):
-            stats = {}
-
-            def run(layer, x, **kwargs):
-                y = layer(x, return_stats=return_stats, **kwargs)
-                if return_stats:
-                    y, stats[layer.name] = y
-                return y
-
             seeds = state.get("seeds", (None, None))
             x_BTD = self.attention_residual(
                 x_BTD,
-                branch=lambda x: run(
-                    self.attention,
+                branch=lambda x: self.attention(
                     x,
                     segment_ids=segment_ids,
                     state=state["attention"],
@@ -235,17 +216,16 @@ class TransformerBlock(keras.layers.Layer):
                 ),
                 seed=seeds[0],
             )
-            x_BTD = self.mlp_residual(
+            return self.mlp_residual(
                 x_BTD,
-                branch=lambda x: run(
-                    self.mlp, x, state=state["mlp"], training=training
+                branch=lambda x: self.mlp(
+                    x, state=state["mlp"], training=training
                 ),
                 seed=seeds[1],
             )
-            return (x_BTD, stats) if return_stats else x_BTD
 
         if self.remat and training:
-            compute = keras.remat(compute)
+            compute = telemetry.remat(compute)
         return compute(x_BTD, state)
 
     def get_config(self):

@@ -9,6 +9,7 @@ them check their values when they are made. Standard library only.
 import dataclasses
 import difflib
 import math
+import re
 from dataclasses import dataclass
 
 # What `norms.NORMS` can build; `None` means "no norm here".
@@ -70,6 +71,21 @@ def check_number(value, what, low=-math.inf):
         raise ValueError(
             f"{what} must be a finite number{bound}. Received: {value!r}"
         )
+
+
+def check_expression(text, what):
+    """The compiled regular expression; None for None.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    try:
+        return None if text is None else re.compile(text)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"`{what}` must be a regular expression. Received: {text!r} "
+            f"({error})"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from keras_stable import variants
 from keras_stable.linear import advance
 from keras_stable.linear import apply_linear
 from keras_stable.linear import make_linear
-from keras_stable.telemetry import measure
 
 
 def _gelu(x):
@@ -58,7 +57,6 @@ class MLP(keras.layers.Layer):
         x_BTD: tensor.
         state: what `next_state(training)` returned; called here by default.
         training: bool.
-        return_stats: bool. Whether to return `(y, stats)`.
 
     Example:
 
@@ -111,7 +109,7 @@ class MLP(keras.layers.Layer):
         linears = (self.fc1, self.gate, self.fc2)
         return advance([layer for layer in linears if layer], training)
 
-    def call(self, x_BTD, state=None, training=None, return_stats=False):
+    def call(self, x_BTD, state=None, training=None):
         x_BTD = ops.cast(x_BTD, self.compute_dtype)
         state = self.next_state(training) if state is None else state
         activation, gated = ACTIVATIONS[self.variant.architecture.activation]
@@ -121,13 +119,7 @@ class MLP(keras.layers.Layer):
             h_BTF = activation(gate) * fc1
         else:
             h_BTF = activation(fc1)
-        y_BTD = apply_linear(self.fc2, h_BTF, state)
-        if not return_stats:
-            return y_BTD
-        stats = {"fc1": measure(fc1), "fc2": measure(y_BTD)}
-        if gated:
-            stats["gate"] = measure(gate)
-        return y_BTD, stats
+        return apply_linear(self.fc2, h_BTF, state)
 
     def get_config(self):
         return {

@@ -2,13 +2,22 @@
 
 ```
 run.json       configuration, versions, device, commit, results; one object
-health.jsonl   one JSON object a training step: {"step": 1, "loss": 5.54}
+health.jsonl   what the monitor saw, one JSON object a line, each of a "kind":
+    layout     names of what the tables hold, with the schema's version
+    step       {"kind": "step", "step": 1, "loss": 5.54, ...} of every step
+    table      all statistics of a step, in the order of the last layout
+    event      what a detector found
+    verdict    a change of the run's verdict
+    overhead   what the monitor measured of its own cost
+events/        black boxes: STEP-DETECTOR.npz, the steps before an event
+monitor.json   the state of the detectors, for resuming
 model.keras    the trained model
 ```
 
 Numbers that JSON does not have are the strings "nan", "inf" and "-inf".
 """
 
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -17,14 +26,15 @@ import os
 import platform
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from keras_stable import backend
+from keras_stable.choices import check_choice
 
-SCHEMA = 1
+SCHEMA = 2
 PACKAGES = "keras keras-hub numpy grain jax torch tensorflow tensorflow-cpu"
 
 
@@ -32,6 +42,9 @@ def _to_json(value):
     """`value` with non-finite floats as strings, ready for strict JSON."""
     if isinstance(value, dict):
         return {key: _to_json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        # Five digits: more than the noise of any of them.
+        return [_to_json(float(f"{x:.5g}")) for x in value.ravel().tolist()]
     if isinstance(value, (list, tuple)):
         return [_to_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -39,11 +52,24 @@ def _to_json(value):
     return value
 
 
-def _from_json(record):
-    return {
-        key: float(value) if value in ("nan", "inf", "-inf") else value
-        for key, value in record.items()
-    }
+def _from_json(value):
+    if isinstance(value, dict):
+        return {key: _from_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_json(item) for item in value]
+    return float(value) if value in ("nan", "inf", "-inf") else value
+
+
+def write_json(file, value):
+    """Writes a file whole: a reader, or a full disk, never sees half of it."""
+    part = Path(file).with_suffix(".part")
+    part.write_text(json.dumps(_to_json(value), indent=2) + "\n")
+    os.replace(part, file)
+
+
+def read_json(file):
+    """The content of a file that `write_json` wrote."""
+    return _from_json(json.loads(Path(file).read_text()))
 
 
 def environment():
@@ -126,11 +152,7 @@ class RunDirectory:
     def update(self, **entries):
         """Adds entries to `run.json`, or replaces them."""
         self.record.update(_to_json(entries))
-        file = self.path / "run.json"
-        # A reader, or a full disk, never sees half a file.
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(self.record, indent=2) + "\n")
-        os.replace(part, file)
+        write_json(self.path / "run.json", self.record)
 
 
 def _variant_of(file):
@@ -145,65 +167,168 @@ def read_run(path):
     return json.loads((Path(path) / "run.json").read_text())
 
 
-def read_health(path):
-    """The records of a directory's `health.jsonl`, in the order of steps.
-
-    A last line cut off by a crash is left out.
-    """
-    records = []
-    with open(Path(path) / "health.jsonl") as file:
-        for line in file:
-            try:
-                records.append(_from_json(json.loads(line)))
-            except ValueError:
-                if line.endswith("\n"):
-                    raise
-    return sorted(records, key=lambda record: record["step"])
-
-
-class LossRecorder(keras.callbacks.Callback):
-    """Writes the true loss of every training step to `health.jsonl`.
-
-    `logs["loss"]` of Keras is the mean since the epoch began. This callback
-    takes `logs["batch_loss"]`, which `StableCausalLM` reports.
+class HealthWriter:
+    """Appends to a directory's `health.jsonl`, each line flushed.
 
     Args:
-        path: the run directory; must exist.
+        path: the directory. Made, with its parents, if it is not there. One
+            with a `health.jsonl` is continued: the last of two lines on the
+            same step counts.
 
-    Attributes:
-        last_loss: float, of the last step recorded; None before the first.
+    Raises:
+        FileExistsError: if the path is a file, or `health.jsonl` is not ours.
+        OSError: if it cannot be written.
     """
 
-    # Keras may then call it from other threads, several at once, while the
-    # device goes on with the next step.
-    async_safe = True
-
     def __init__(self, path):
-        super().__init__()
         self.path = Path(path)
-        self.last_loss = None
-        self._lock = threading.Lock()
-        self._ended = self._before = 0
-
-    def on_train_begin(self, logs=None):
-        self._file = open(self.path / "health.jsonl", "a", buffering=1)
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self._before = self._ended
-
-    def on_train_batch_end(self, batch, logs=None):
-        if "batch_loss" not in logs:
-            self._file.close()
-            raise ValueError(
-                "`LossRecorder` needs a model that reports `batch_loss`, as "
-                f"`StableCausalLM` does. Received logs: {list(logs)}"
+        if self.path.exists() and not self.path.is_dir():
+            raise FileExistsError(
+                f"{self.path} is a file. Give a directory for the records."
             )
-        step, loss = self._before + batch + 1, float(logs["batch_loss"])
-        line = json.dumps(_to_json({"step": step, "loss": loss}))
-        with self._lock:
-            self._file.write(line + "\n")
-            if step > self._ended:
-                self._ended, self.last_loss = step, loss
+        self.path.mkdir(parents=True, exist_ok=True)
+        file = self.path / "health.jsonl"
+        _check_ours(file)
+        torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+        self._file = open(file, "a", buffering=1)
+        if torn:
+            # Cut off by a crash: the next line begins on its own.
+            self._file.write("\n")
 
-    def on_train_end(self, logs=None):
+    def write(self, kind, **entries):
+        line = json.dumps(_to_json({"kind": kind, **entries}))
+        self._file.write(line + "\n")
+
+    def black_box(self, event, arrays):
+        """Writes `events/STEP-DETECTOR.npz`."""
+        folder = self.path / "events"
+        folder.mkdir(exist_ok=True)
+        name = f"{event.step:08d}-{event.detector}.npz"
+        np.savez_compressed(folder / name, **arrays)
+        return folder / name
+
+    def close(self):
         self._file.close()
+
+
+def _check_ours(file):
+    if not file.exists():
+        return
+    with open(file) as lines:
+        first = lines.readline()
+    try:
+        schema = json.loads(first).get("schema") if first.strip() else SCHEMA
+    except (ValueError, AttributeError):
+        schema = None
+    if schema != SCHEMA:
+        raise FileExistsError(
+            f"{file} is not a record of schema {SCHEMA}, and is left alone. "
+            "Give another directory."
+        )
+
+
+@dataclasses.dataclass
+class Health:
+    """What `health.jsonl` holds.
+
+    Attributes:
+        layout: dictionary: `"tensors"`, `"heads"` (name: number of heads),
+            `"variables"`, `"labels"`, and the names of statistics.
+        steps: list of dictionaries, by step; one a step.
+        tables: dictionary from steps to dictionaries of arrays: `"tensors"`
+            (L, 6), `"heads"` (a list of (3, N)), `"variables"` (V, 4).
+        events, verdicts, overheads: lists of dictionaries, as written.
+    """
+
+    layout: dict
+    steps: list
+    tables: dict
+    events: list
+    verdicts: list
+    overheads: list
+
+    def series(self, name):
+        """`(steps, values)` of a scalar, e.g. `"loss"`: two arrays."""
+        found = [(r["step"], r[name]) for r in self.steps if name in r]
+        steps, values = zip(*found) if found else ((), ())
+        values = [np.nan if v is None else v for v in values]
+        return np.array(steps), np.array(values)
+
+    def table(self, kind, name, statistic):
+        """`(steps, values)` of one statistic of a tensor or variable.
+
+        Args:
+            kind: `"tensors"`, `"variables"`, or `"heads"`: values (steps, N).
+            name: of the layer or variable.
+            statistic: e.g. `"rms"`.
+        """
+        rows = list(self.layout[kind])
+        columns = self.layout[f"{kind.rstrip('s')}_statistics"]
+        for value, allowed in ((name, rows), (statistic, columns)):
+            check_choice(value, allowed, f"name in {kind}")
+        i, j = rows.index(name), columns.index(statistic)
+        steps = sorted(self.tables)
+        at = (j,) if kind == "heads" else (i, j)
+        tables = [self.tables[step][kind] for step in steps]
+        if kind == "heads":
+            tables = [table[i] for table in tables]
+        return np.array(steps), np.array([table[at] for table in tables])
+
+
+def read_health(path):
+    """What the monitor wrote to a directory, as a `Health`.
+
+    A last line cut off by a crash is left out.
+
+    Raises:
+        OSError: if there is no `health.jsonl`.
+        ValueError: for a line that is no JSON.
+    """
+    layout, steps, tables = {}, {}, {}
+    others = {"event": [], "verdict": [], "overhead": []}
+    lines = (Path(path) / "health.jsonl").read_text().splitlines(True)
+    for number, line in enumerate(lines, 1):
+        try:
+            record = _from_json(json.loads(line))
+            kind = record.pop("kind")
+        except (ValueError, KeyError, AttributeError) as error:
+            # Cut off: at the end, or before another session went on.
+            torn = not line.endswith("\n") or line.startswith("{")
+            if torn or not line.strip():
+                continue
+            raise ValueError(
+                f"{path}/health.jsonl, line {number}, is no record: {line!r}"
+            ) from error
+        if kind == "layout":
+            layout = record
+        elif kind == "step":
+            steps[record["step"]] = record
+        elif kind == "table":
+            tables[record["step"]] = _table(record, layout)
+        else:
+            others[kind].append(record)
+    return Health(
+        layout,
+        [steps[step] for step in sorted(steps)],
+        tables,
+        *others.values(),
+    )
+
+
+def _table(record, layout):
+    def array(values, columns):
+        values = np.array(values, "float64")
+        return values.reshape(-1, columns)
+
+    return {
+        "tensors": array(
+            record["tensors"], len(layout["tensor_statistics"])
+        ),
+        "variables": array(
+            record["variables"], len(layout["variable_statistics"])
+        ),
+        "heads": [
+            np.array(values, "float64").reshape(-1, count)
+            for values, count in zip(record["heads"], layout["heads"].values())
+        ],
+    }

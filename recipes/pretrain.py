@@ -1,12 +1,14 @@
 r"""Pretrains a language model with one stability method.
 
 Question: how does a method train at a learning rate?
-Writes a run directory: run.json, health.jsonl (the true loss of every step)
-and model.keras. Ends with the validation loss beside the entropies of one
-and two tokens: a model that does not beat them has learned counting.
+Writes a run directory: run.json, health.jsonl (what the monitor saw: loss,
+norms and verdict of every step, tables of all layers) and model.keras. Ends
+with the validation loss beside the entropies of one and two tokens: a model
+that does not beat them has learned counting.
 
     python recipes/pretrain.py
     python recipes/pretrain.py --variant qk_norm_cap --learning-rate 1e-2
+    python recipes/pretrain.py --learning-rate 0.3 --policy halt
     python recipes/pretrain.py --data books/ --size 10m --tokens 20e6 \
         --precision mixed_bfloat16 --remat
 
@@ -145,6 +147,18 @@ def parse(arguments, ks):
         "--backend",
         help=f"{', '.join(BACKENDS)} (KERAS_BACKEND, or jax)",
     )
+    add = parser.add_argument_group("monitor").add_argument
+    add(
+        "--policy",
+        default="halt",
+        help="halt: stop a run that is lost; observe: let it go on (halt)",
+    )
+    add(
+        "--every",
+        default="auto",
+        help="steps between tables of all layers; auto: as many as cost 2 %% "
+        "of the time; none: watch the loss alone (auto)",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--out", help="run directory, new (runs/VARIANT-TIME)")
     add("--prompt", help="the sample's beginning")
@@ -209,6 +223,9 @@ def prepare(args, ks, keras):
     )
     lm.compile(optimizer)
 
+    every = {"auto": "auto", "none": None}.get(args.every)
+    if args.every not in ("auto", "none"):
+        every = positive(int)(args.every)
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     args.out = args.out or f"runs/{args.variant}-{now}"
     run = ks.RunDirectory(args.out, vars(args))
@@ -225,8 +242,9 @@ def prepare(args, ks, keras):
             "bigram_entropy": ks.bigram_entropy(validation),
         },
     )
+    monitor = ks.StabilityMonitor(run.path, policy=args.policy, every=every)
     # All steps in one pass for `fit`, whatever the corpus's passes are.
-    return lm, batches.repeat()[: args.steps], evaluation[:most], run
+    return lm, batches.repeat()[: args.steps], evaluation[:most], run, monitor
 
 
 def report(run, args, loss, sample):
@@ -240,6 +258,7 @@ def report(run, args, loss, sample):
     for name, value in rows.items():
         # Beyond 700 the exponential overflows; the run has diverged anyway.
         print(f"{name:17}{value:10.4f}  {math.exp(min(value, 700)):10.2f}")
+    print(f"verdict: {run.record['verdict']}")
     print(f"\nsample:\n{sample}\n\nrun directory: {args.out}")
 
 
@@ -252,7 +271,7 @@ def main(arguments=None):
 
     args = parse(arguments, ks)
     try:
-        lm, batches, evaluation, run = prepare(args, ks, keras)
+        lm, batches, evaluation, run, monitor = prepare(args, ks, keras)
     except (ValueError, OSError) as error:
         sys.exit(f"pretrain: {error}")
     print(
@@ -260,17 +279,24 @@ def main(arguments=None):
         f"{keras.backend.backend()} on {run.record['device']}; "
         f"{run.record['tokens']:,} tokens in {args.steps} steps"
     )
-    recorder = ks.LossRecorder(run.path)
-    lm.fit(batches, callbacks=[recorder], verbose=1)
+    try:
+        lm.fit(batches, callbacks=[monitor], verbose=1)
+    except ks.TrainingHalted as halted:
+        print(f"\n{halted}")
     loss = lm.evaluate(evaluation, return_dict=True, verbose=0)["loss"]
     prompt = args.prompt or ("def " if args.data == "python" else "The ")
     sample = lm.generate(
         prompt, max_length=args.sequence_length, stop_token_ids=None
     )
     lm.save(run.path / "model.keras")
+    lost = monitor.verdict.lost or not math.isfinite(loss)
     run.update(
-        status="finished" if math.isfinite(loss) else "diverged",
-        last_batch_loss=recorder.last_loss,
+        status="diverged" if lost else "finished",
+        verdict=str(monitor.verdict),
+        worst_verdict=str(monitor.worst),
+        steps_done=monitor.step,
+        last_batch_loss=monitor.last.get("loss"),
+        monitor_overhead=monitor.overhead,
         validation_loss=loss,
         perplexity=math.exp(min(loss, 700)),
         sample=sample,

@@ -19,13 +19,14 @@ NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 # Floors of the house: a module imports from lower floors only.
 FLOORS = [
-    {"choices", "norms", "telemetry", "backend", "randomness", "positions"},
-    {"variants", "schedules", "text", "records", "distribution"},
-    {"optimizers", "data", "linear"},
-    {"attention", "mlp"},
-    {"block"},
-    {"backbone"},
-    {"models"},
+    {"choices", "events", "backend", "randomness", "positions", "norms"},
+    {"variants", "schedules", "text", "distribution"},
+    {"telemetry", "records", "layerwise", "budget", "blackbox"},
+    {"detectors", "updates", "taps", "optimizers", "data", "linear"},
+    {"packing", "criteria", "attention", "mlp"},
+    {"block", "watch", "diagnosis", "sinks"},
+    {"backbone", "selftest"},
+    {"models", "monitor"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -51,9 +51,12 @@ def test_a_run_leaves_its_records(pretrain, text, tmp_path, precision, capsys):
     assert run["status"] == "finished"
     assert run["config"]["variant"] == "qk_norm_cap"
     assert run["tokens"] == 12 * 4 * 16
-    records = ks.read_health(out)
-    assert [r["step"] for r in records] == list(range(1, 13))
-    assert all(math.isfinite(r["loss"]) for r in records)
+    assert run["verdict"] == "OK" and run["steps_done"] == 12
+    health = ks.read_health(out)
+    steps, losses = health.series("loss")
+    assert steps.tolist() == list(range(1, 13))
+    assert all(map(math.isfinite, losses))
+    assert "block_0/attention/query" in health.layout["tensors"]
     lm = keras.models.load_model(out / "model.keras")
     assert lm.count_params() == run["parameters"]
     assert lm.preprocessor.tokenizer.vocabulary_size() == len(

@@ -1,13 +1,14 @@
 """Run directories: what is written is what is read."""
 
 import json
-import math
 
 import keras
 import numpy as np
 import pytest
 
 import keras_stable as ks
+from keras_stable.records import SCHEMA
+from keras_stable.records import HealthWriter
 
 
 def test_run_json_grows_and_refuses_a_second_run(tmp_path):
@@ -27,44 +28,48 @@ def test_run_json_grows_and_refuses_a_second_run(tmp_path):
         ks.RunDirectory(file, {})
 
 
-def test_losses_of_all_steps_are_true(tmp_path):
-    tokens = np.random.default_rng(0).integers(0, 31, 300)
-    data = ks.TokenBatches(tokens, 4, 8)
-    lm = ks.StableCausalLM(ks.StableBackbone(31, 1, 2, 16))
-    lm.compile(ks.AdamW(1e-3))
-    recorder = ks.LossRecorder(tmp_path)
-    history = lm.fit(data, epochs=2, callbacks=[recorder], verbose=0).history
-    records = ks.read_health(tmp_path)
-    steps = len(data)
-    assert [r["step"] for r in records] == list(range(1, 2 * steps + 1))
-    losses = np.array([r["loss"] for r in records])
-    assert recorder.last_loss == losses[-1]
-    # Keras's running means are the means of these.
-    for epoch, mean in enumerate(history["loss"]):
-        part = losses[epoch * steps : (epoch + 1) * steps]
-        assert part.mean() == pytest.approx(mean, rel=1e-5)
-        assert part[-1] == pytest.approx(history["batch_loss"][epoch])
-
-
-def test_health_survives_nan_and_a_torn_line(tmp_path):
+def test_health_survives_nan_and_torn_lines(tmp_path):
     file = tmp_path / "health.jsonl"
-    lines = [{"step": 2, "loss": "nan"}, {"step": 1, "loss": 1.5}]
+    lines = [
+        {"kind": "layout", "schema": 2},
+        {"kind": "step", "step": 2, "loss": "nan"},
+        {"kind": "step", "step": 1, "loss": 9.9},
+        # A resumed run repeats a step: the last line counts.
+        {"kind": "step", "step": 1, "loss": 1.5},
+        {"kind": "event", "step": 2, "detail": "x"},
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    file.write_text(text + '{"step": 3, "lo')
-    first, second = ks.read_health(tmp_path)
-    assert first == {"step": 1, "loss": 1.5} and math.isnan(second["loss"])
-    file.write_text("not json\n" + text)
-    with pytest.raises(ValueError):
+    file.write_text(text + '{"kind": "step", "step": 3, "lo')
+    health = ks.read_health(tmp_path)
+    assert [r["step"] for r in health.steps] == [1, 2]
+    steps, losses = health.series("loss")
+    assert steps.tolist() == [1, 2] and losses[0] == 1.5
+    assert np.isnan(losses[1])
+    assert health.events == [{"step": 2, "detail": "x"}]
+    file.write_text(text + "not json\n")
+    with pytest.raises(ValueError, match="line 6, is no record"):
         ks.read_health(tmp_path)
 
 
-def test_a_model_without_batch_loss_is_refused(tmp_path):
-    model = keras.Sequential([keras.layers.Dense(1)])
-    model.compile(loss="mse")
-    with pytest.raises(ValueError, match="reports `batch_loss`"):
-        model.fit(
-            np.ones((4, 2)),
-            np.ones((4, 1)),
-            callbacks=[ks.LossRecorder(tmp_path)],
-            verbose=0,
-        )
+def test_a_writer_goes_on_after_a_torn_line(tmp_path):
+    writer = HealthWriter(tmp_path / "run")
+    writer.write("layout", schema=SCHEMA)
+    writer.write("step", step=1, loss=float("inf"))
+    writer.close()
+    with open(tmp_path / "run/health.jsonl", "a") as file:
+        file.write('{"kind": "step", "st')
+    writer = HealthWriter(tmp_path / "run")
+    writer.write("step", step=2, loss=0.25)
+    writer.close()
+    steps, losses = ks.read_health(tmp_path / "run").series("loss")
+    assert steps.tolist() == [1, 2] and losses.tolist() == [np.inf, 0.25]
+
+
+def test_foreign_and_impossible_directories_are_left_alone(tmp_path):
+    (tmp_path / "health.jsonl").write_text('{"theirs": 1}\n')
+    with pytest.raises(FileExistsError, match="not a record of schema"):
+        HealthWriter(tmp_path)
+    assert (tmp_path / "health.jsonl").read_text() == '{"theirs": 1}\n'
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileExistsError, match="is a file"):
+        HealthWriter(tmp_path / "file")

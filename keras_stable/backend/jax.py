@@ -1,8 +1,27 @@
 """What keras_stable needs of JAX beyond Keras."""
 
 import jax
+import keras
+import numpy as np
+from jax import numpy as jnp
 
-__all__ = ["check_data_parallel", "device_name"]
+from keras_stable.backend.internals import replace
+
+__all__ = [
+    "carry",
+    "check_data_parallel",
+    "check_observable",
+    "device_name",
+    "each_step",
+    "finish_read",
+    "fused",
+    "gather",
+    "is_writer",
+    "observe_updates",
+    "reachable",
+    "square_sums",
+    "start_read",
+]
 
 
 def device_name():
@@ -19,3 +38,127 @@ def check_data_parallel(batch_size):
             f"The batch must be a multiple of the {devices} devices it is "
             f"divided among. Received: batch size {batch_size}"
         )
+
+
+def fused(function):
+    """`function`, which the compiler of the step fuses by itself."""
+    return function
+
+
+def reachable(value, reference):
+    """Whether `value` may be used where `reference` was made.
+
+    Not so what was traced inside a nested function: remat, cond, scan.
+    """
+    trace = getattr(reference, "_trace", None)
+    found = getattr(value, "_trace", None)
+    while trace is not None:
+        if trace is found:
+            return True
+        trace = getattr(trace, "parent_trace", None)
+    return found is None
+
+
+def square_sums(tensors):
+    """Sum of squares of each, float32 (len,).
+
+    Written as in Keras's `global_norm`, so that XLA computes them once.
+    """
+    return jnp.stack(
+        [jnp.sum(jnp.square(x.astype("float32"))) for x in tensors]
+    )
+
+
+def observe_updates(optimizer, before, after):
+    """Calls `before` and `after` around each update of a compiled optimizer.
+
+    `before(gradients, variables, read)` returns what `after(found, old, new,
+    read)` is given as `found`; `read(v)` is the value of an optimizer's
+    variable at that time, `old` and `new` are those of the trainable ones.
+
+    Returns:
+        A function that undoes it.
+    """
+    original = optimizer.stateless_apply
+
+    def stateless_apply(optimizer_variables, grads, trainable_variables):
+        def reader(values):
+            known = {id(v): x for v, x in zip(optimizer.variables, values)}
+            return lambda variable: known[id(variable)]
+
+        variables = optimizer._trainable_variables
+        found = before(grads, variables, reader(optimizer_variables))
+        new, slots = original(optimizer_variables, grads, trainable_variables)
+        after(found, trainable_variables, new, reader(slots))
+        return new, slots
+
+    return replace(optimizer, "stateless_apply", stateless_apply)
+
+
+def carry(model, take):
+    """Carries what the forward pass measured out of the gradient's trace.
+
+    `compute_metrics` then gets `take(y_pred)`, a pytree, for its `y_pred`.
+
+    Returns:
+        A function that undoes it.
+    """
+    original = model.compute_loss_and_updates
+
+    def compute_loss_and_updates(*args, **kwargs):
+        loss, aux = original(*args, **kwargs)
+        unscaled, y_pred, *states = aux
+        return loss, (unscaled, take(y_pred), *states)
+
+    return replace(model, "compute_loss_and_updates", compute_loss_and_updates)
+
+
+def each_step(model, collect):
+    """Calls `collect(logs)` after each compiled step, also of several in one
+    execution.
+
+    Returns:
+        A function that undoes it.
+    """
+    original = model._make_function
+
+    def make_function(step_function, *args, **kwargs):
+        def step(state, data):
+            logs, state = step_function(state, data)
+            collect(logs)
+            return logs, state
+
+        return original(step, *args, **kwargs)
+
+    return replace(model, "_make_function", make_function)
+
+
+def gather(packed, steps, store):
+    """The vector of one step: replicated, so that each process can read it."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return packed
+    mesh = distribution.device_mesh
+    layout = keras.distribution.TensorLayout([None] * packed.ndim, mesh)
+    return keras.distribution.distribute_tensor(packed, layout)
+
+
+def start_read(array):
+    """Begins to copy an array to the host, and returns at once."""
+    if hasattr(array, "copy_to_host_async"):
+        array.copy_to_host_async()
+    return array
+
+
+def finish_read(array):
+    """The array as numpy, waiting for the device if need be."""
+    return np.asarray(array)
+
+
+def check_observable(model):
+    """Raises where a model cannot be observed on this backend."""
+
+
+def is_writer():
+    """Whether this process writes files: one of several does."""
+    return jax.process_index() == 0

@@ -2,7 +2,23 @@
 
 import tensorflow as tf
 
-__all__ = ["check_data_parallel", "device_name"]
+from keras_stable.backend.internals import replace
+
+__all__ = [
+    "carry",
+    "check_data_parallel",
+    "check_observable",
+    "device_name",
+    "each_step",
+    "finish_read",
+    "fused",
+    "gather",
+    "is_writer",
+    "observe_updates",
+    "reachable",
+    "square_sums",
+    "start_read",
+]
 
 
 def device_name():
@@ -20,3 +36,118 @@ def check_data_parallel(batch_size):
         "training would run on one device. Use KERAS_BACKEND=jax for data "
         "parallelism."
     )
+
+
+def fused(function):
+    """`function`, which the compiler of the step fuses by itself."""
+    return function
+
+
+def reachable(value, reference):
+    """Whether `value` may be used where `reference` was made.
+
+    Not so what was traced inside a nested function: cond, while.
+    """
+    return getattr(value, "graph", None) is getattr(reference, "graph", None)
+
+
+def square_sums(tensors):
+    """Sum of squares of each, float32 (len,)."""
+    return tf.stack(
+        [tf.reduce_sum(tf.square(tf.cast(x, "float32"))) for x in tensors]
+    )
+
+
+def observe_updates(optimizer, before, after):
+    """Calls `before` and `after` around each update of a compiled optimizer.
+
+    `before(gradients, variables, read)` returns what `after(found, old, new,
+    read)` is given as `found`; `read(v)` is the value of an optimizer's
+    variable at that time, `old` and `new` are those of the trainable ones.
+
+    Returns:
+        A function that undoes it.
+    """
+    original = optimizer.apply
+
+    def read(variable):
+        return tf.identity(variable.value)
+
+    def apply(grads, trainable_variables=None):
+        variables = trainable_variables or optimizer._trainable_variables
+        if not optimizer.built:
+            optimizer.build(variables)
+        dense = [g if g is None else tf.convert_to_tensor(g) for g in grads]
+        found = before(dense, variables, read)
+        old = [read(v) for v in variables]
+        original(grads, trainable_variables)
+        after(found, old, [read(v) for v in variables], read)
+
+    return replace(optimizer, "apply", apply)
+
+
+def carry(model, take):
+    """Nothing to carry: the gradient is taken in the same trace."""
+    return lambda: None
+
+
+def each_step(model, collect):
+    """Nothing to do: `gather` keeps the steps of one execution."""
+    return lambda: None
+
+
+def gather(packed, steps, store):
+    """The vector of one step, or those of the last `steps` with a count.
+
+    Several steps in one execution return the logs of the last alone: the
+    others' wait in a variable, made while the first is traced.
+
+    Args:
+        packed: tensor (n,).
+        steps: int. Steps in an execution.
+        store: dictionary that keeps the variable.
+
+    Returns:
+        `packed`, or a tensor (steps + 1, n): the last row begins with the
+        number of steps so far; step i, from 0, is in row i % steps.
+    """
+    if steps == 1:
+        return packed
+    size = packed.shape[0]
+    if size not in store:
+        with tf.init_scope():
+            store[size] = tf.Variable(tf.zeros((steps + 1, size)))
+    ring = store[size].read_value()
+    count = ring[steps, 0]
+    here = tf.one_hot(tf.cast(count, "int32") % steps, steps + 1)[:, None]
+    ring = tf.where(here > 0, packed[None], ring)
+    counter = tf.one_hot(steps, steps + 1)[:, None]
+    counter = counter * tf.one_hot(0, size)[None]
+    ring = tf.where(counter > 0, count + 1, ring)
+    store[size].assign(ring)
+    return ring
+
+
+def start_read(array):
+    """Nothing to begin: TensorFlow copies when asked."""
+    return array
+
+
+def finish_read(array):
+    """The array as numpy, waiting for the device if need be."""
+    return array.numpy()
+
+
+def check_observable(model):
+    """Raises where a model cannot be observed on this backend."""
+    if model.distribute_strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            "Under `tf.distribute`, each replica would measure its own part "
+            "of the batch. Monitor with `every=None`, or distribute on jax."
+        )
+
+
+def is_writer():
+    """Whether this process writes files: one of several does."""
+    resolver = tf.distribute.get_strategy().cluster_resolver
+    return resolver is None or resolver.task_id in (0, None)

@@ -1,0 +1,86 @@
+"""How often the full table may be measured, by what it is found to cost."""
+
+import math
+import statistics
+import time
+
+# Steps of one kind in a row, and of these the ones that are not timed:
+# dispatch runs ahead of the device by one, and copies lag by one.
+BLOCK, SKIP = 5, 2
+ROUNDS = 4
+
+
+class Budget:
+    """Chooses the interval of full tables so that they cost a given share.
+
+    ```
+    cost     = median time of a full step / median time of a light step - 1
+    interval = ceil(cost / max_overhead), within [1, 500]
+    overhead = max(cost, 0) / interval + time of the monitor on the host
+               / median time of a light step
+    ```
+
+    It measures in 4 rounds of 5 light and 5 full steps, after the first 10
+    steps, in which both programs are compiled. What a light step costs more
+    than a plain one is not in it: `recipes/benchmark.py` measures that.
+
+    Args:
+        every: int, or `"auto"` for a choice.
+        max_overhead: float, a share of the time of a step.
+    """
+
+    def __init__(self, every, max_overhead):
+        self.every = 10 if every == "auto" else every
+        self.max_overhead = max_overhead
+        self.fixed = every != "auto"
+        self.report = None
+        self._times = {True: [], False: []}
+        self._host, self._steps, self._last = [], 0, None
+
+    @property
+    def settled(self):
+        """Whether there is nothing (more) to measure."""
+        return self.fixed or self.report is not None
+
+    def full(self, step):
+        """Whether step number `step` measures the full table."""
+        if self.settled:
+            return step % self.every == 0
+        if self._steps < 2 * BLOCK:
+            # Both programs are compiled, and the first table is there.
+            return self._steps % BLOCK == 0
+        return (self._steps // BLOCK) % 2 == 1
+
+    def tick(self, host):
+        """To be called before each step, with the monitor's own seconds.
+
+        Returns:
+            A report as a dictionary, once, when the interval is chosen.
+        """
+        now, before = time.perf_counter(), self._last
+        self._last = now
+        step, self._steps = self._steps, self._steps + 1
+        if self.settled or before is None:
+            return None
+        # The time since the last tick is that of step - 1.
+        place = step - 1
+        if place >= 2 * BLOCK and place % BLOCK >= SKIP:
+            self._times[(place // BLOCK) % 2 == 1].append(now - before)
+            self._host.append(host)
+        if step < 2 * BLOCK * (1 + ROUNDS):
+            return None
+        return self._settle()
+
+    def _settle(self):
+        full, light = (statistics.median(self._times[k]) for k in (True, False))
+        cost = max(full / light - 1, 0.0)
+        host = statistics.median(self._host) / light
+        self.every = min(max(math.ceil(cost / self.max_overhead), 1), 500)
+        self.report = {
+            "light_step_seconds": light,
+            "full_step_seconds": full,
+            "host_share": host,
+            "every": self.every,
+            "overhead": cost / self.every + host,
+        }
+        return self.report

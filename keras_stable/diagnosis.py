@@ -1,0 +1,156 @@
+"""From what a step measured to what is wrong: every detector, in one place."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from keras_stable.detectors import Event
+from keras_stable.detectors import Frozen
+from keras_stable.detectors import Growth
+from keras_stable.detectors import Judge
+from keras_stable.detectors import Jump
+from keras_stable.detectors import Staleness
+from keras_stable.packing import STATISTICS
+from keras_stable.packing import VARIABLE_STATISTICS
+
+# Maximum attention logits at which QK-Clip (Kimi K2) and Megatron act.
+MOST_LOGIT = 100.0
+# Updates in a row that loss scaling may skip: its search takes 16 to come
+# down from 2**16 to 1.
+MOST_SKIPS = 20
+
+
+class Diagnosis:
+    """The verdict about a run, and events that name the place.
+
+    Every step goes to the `Judge`: loss, gradient norm, update norm. Full
+    tables go to the detectors over layers: `Jump` of log2(rms), `Growth` of
+    log2 of rms, abs_max and largest logit, `Staleness` and `Frozen` of
+    variables. Those, and non-finite activations that leave the loss finite,
+    are warnings; only the `Judge` finds a run lost.
+
+    Args:
+        layout: `Layout` of the full tables; None if there are none.
+        warmup: int. Steps of the learning rate's warm-up.
+        largest: float or list of floats, one an activation: the largest
+            number of its dtype. Defaults to that of float32.
+    """
+
+    def __init__(self, layout=None, warmup=0, largest=3.4e38):
+        self.judge = Judge(warmup)
+        self.warmup = max(64, warmup)
+        self.skips = 0
+        self.layers = {}
+        if layout is None:
+            return
+        # An input is another layer's output: it would be named twice.
+        self.outputs = [
+            i
+            for i, name in enumerate(layout.tensors)
+            if not name.endswith("/input")
+        ]
+        names = [layout.tensors[i] for i in self.outputs]
+        largest = np.broadcast_to(largest, (len(layout.tensors),))
+        largest = np.log2(largest[self.outputs]) - 3
+        growing = [f"{name} {s}" for s in ("rms", "abs_max") for name in names]
+        growing += [f"{name} max_logit" for name in layout.heads]
+        limits = [math.nan] * len(names) + list(largest)
+        limits += [math.log2(MOST_LOGIT)] * len(layout.heads)
+        self.layers = {
+            "jump": Jump(names, warmup=warmup),
+            "growth": Growth(growing, limits, warmup=warmup),
+            "staleness": Staleness(layout.variables),
+            "frozen": Frozen(layout.variables),
+        }
+
+    @property
+    def verdict(self):
+        return self.judge.verdict
+
+    def update(self, step, sample):
+        """Takes a `Sample` and returns the list of its `Event`s."""
+        scalars = sample.scalars
+        skipped = bool(scalars.get("skipped"))
+        self.skips = self.skips + 1 if skipped else 0
+        values = {
+            name: scalars[name]
+            for name in ("loss", "gradient_norm", "update_norm")
+            if name in scalars
+        }
+        hopeless = self.skips >= MOST_SKIPS
+        events = self.judge.update(step, values, skipped and not hopeless)
+        events = [_placed(event, scalars) for event in events]
+        events += self._activations(step, scalars, events)
+        if sample.tensors is not None:
+            events += self._tables(step, sample)
+        return events
+
+    def _activations(self, step, scalars, found):
+        name = scalars.get("first_nonfinite")
+        if name is None or any(e.detector == "nonfinite" for e in found):
+            return []
+        count = scalars["nonfinite"]
+        detail = f"{count:.0f} entries of {name} are not finite"
+        event = Event(step, step, "nonfinite", name, count, detail)
+        self.judge.warn(event)
+        return [event]
+
+    def _tables(self, step, sample):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            # Layers whose entries are bad have no scale.
+            table = sample.tensors[self.outputs].astype("float64")
+            table[table[:, STATISTICS.index("nonfinite")] > 0] = np.nan
+            rms = np.log2(table[:, STATISTICS.index("rms")])
+            abs_max = np.log2(table[:, STATISTICS.index("abs_max")])
+            logits = [max(heads[0].max(), 1e-6) for heads in sample.heads]
+            logits = np.log2(np.array(logits, "float64"))
+        values = {
+            "jump": rms,
+            "growth": np.concatenate([rms, abs_max, logits]),
+        }
+        if sample.scalars["updated"] and step > self.warmup:
+            for detector, column in (
+                ("staleness", "staleness"),
+                ("frozen", "gradient_rms"),
+            ):
+                column = VARIABLE_STATISTICS.index(column)
+                values[detector] = sample.variables[:, column]
+        events = []
+        for name, value in values.items():
+            events += self.layers[name].update(step, value)
+        for event in events:
+            self.judge.warn(event)
+        return events
+
+    def state(self):
+        """All that it remembers, as values that go into JSON."""
+        return {
+            "judge": self.judge.state(),
+            "skips": self.skips,
+            **{name: x.state() for name, x in self.layers.items()},
+        }
+
+    def restore(self, state):
+        """Goes on from a `state()`."""
+        self.judge.restore(state["judge"])
+        self.skips = state["skips"]
+        for name, detector in self.layers.items():
+            detector.restore(state[name])
+
+
+def _placed(event, scalars):
+    """A non-finite event with the place in forward and backward pass."""
+    if event.detector != "nonfinite":
+        return event
+    first = scalars.get("first_nonfinite")
+    clean = scalars.get("clean_gradient")
+    places = []
+    if first is not None:
+        places.append(f"first in the forward pass: {first}")
+    elif "first_nonfinite" in scalars:
+        places.append("no activation that was looked at is bad")
+    if clean is not None:
+        places.append(f"shallowest clean gradient: {clean}")
+    detail = "; ".join([event.detail, *places])
+    return dataclasses.replace(event, detail=detail)

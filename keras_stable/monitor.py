@@ -1,0 +1,397 @@
+"""The callback: telemetry, detectors, verdict, action, records."""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from keras_stable import backend
+from keras_stable.backend import internals
+from keras_stable.blackbox import BlackBox
+from keras_stable.budget import Budget
+from keras_stable.choices import check_choice
+from keras_stable.choices import check_expression
+from keras_stable.choices import check_number
+from keras_stable.detectors import Verdict
+from keras_stable.diagnosis import Diagnosis
+from keras_stable.packing import HEAD_STATISTICS
+from keras_stable.packing import STATISTICS
+from keras_stable.packing import VARIABLE_STATISTICS
+from keras_stable.packing import Sample
+from keras_stable.records import SCHEMA
+from keras_stable.records import HealthWriter
+from keras_stable.records import read_json
+from keras_stable.records import write_json
+from keras_stable.selftest import selftest
+from keras_stable.sinks import Selection
+from keras_stable.sinks import flatten
+from keras_stable.watch import watch as watch_model
+
+POLICIES = ("observe", "halt")
+FATAL = ("verdict", "nonfinite")  # Detectors whose events end a run.
+ALERT = 200  # Steps with full tables after a warning.
+
+
+class TrainingHalted(RuntimeError):
+    """Training was stopped by the monitor, because it is lost.
+
+    Attributes:
+        verdict: `Verdict`.
+        step: int, at which it was reached.
+        event: `Event` that led to it.
+    """
+
+    def __init__(self, verdict, step, event, path):
+        self.verdict, self.step, self.event = verdict, step, event
+        where = f" Records: {path}." if path else ""
+        super().__init__(
+            f"Training is lost: {verdict} at step {step}, since step "
+            f"{event.onset}: {event.detail}.{where} Go back to a checkpoint "
+            f"from before step {event.onset} and lower the learning rate, or "
+            "watch on with policy='observe'."
+        )
+
+
+class StabilityMonitor(keras.callbacks.Callback):
+    """Measures every linear layer as `fit` trains, and reaches a verdict.
+
+    Works for any Keras model with any optimizer, inside the compiled step.
+    Every step it reads the true loss, norms of gradient and update, counts of
+    non-finite numbers and the largest attention logit, one step late; every
+    `every` steps the full table of `watch`. What it finds goes to `path`
+    (see `records`), to the progress bar and to `History`: `verdict` as a
+    number, see `Verdict`; `gradient_norm` and, with attention, `max_logit`.
+
+    Training is not changed: float32 weights on CPU are bit-equal with the
+    monitor and without.
+
+    Put it first among the callbacks, so that a lost run is stopped before
+    others save it at the end of an epoch. `policy="halt"` raises
+    `TrainingHalted` instead of setting `stop_training`, after which Keras's
+    own callbacks would save the broken weights and delete their backups.
+
+    Args:
+        path: directory for the records, or None for none. An existing one is
+            continued.
+        policy: `"observe"` records; `"halt"` raises `TrainingHalted` at most
+            two steps after the verdict is `LEVEL_SHIFT`, `DIVERGED` or
+            `NONFINITE`. Defaults to `"observe"`.
+        every: steps between full tables. `"auto"` measures what one costs and
+            keeps to `max_overhead`. None measures nothing: the compiled
+            program is the plain one, and only the loss is judged.
+        watch, exclude: regular expressions for layers: see `watch`.
+        inputs: bool. Whether inputs of layers are measured too.
+        max_overhead: share of a step's time that tables may cost.
+        warmup_steps: int. Steps in which only non-finite numbers are judged,
+            64 at least. Defaults to those of the learning rate's schedule.
+        sinks: `TensorBoard`, `WeightsAndBiases` or others with `write(step,
+            scalars)` and `close()`.
+        on_event: function of an `Event`, called as each is found.
+        verbose: 1 prints a line an event, 0 nothing.
+
+    Attributes:
+        verdict, worst: `Verdict`, now and the most severe so far.
+        events: list of all `Event`s.
+        step: int, the last that was looked at, from 1.
+        last: dictionary, the numbers of that step.
+        overhead: what it measured of its own cost, or None; see `Budget`.
+
+    Raises:
+        ValueError: at construction, for a value out of range.
+        OSError: in `fit` before the first step, if `path` cannot be written.
+
+    Example:
+
+    >>> monitor = StabilityMonitor("runs/a", policy="halt")  # doctest: +SKIP
+    >>> model.fit(x, y, callbacks=[monitor])                 # doctest: +SKIP
+    """
+
+    # Its work is done in the main thread, before each step; what Keras may
+    # call from other threads only takes a number down.
+    async_safe = True
+
+    selftest = staticmethod(selftest)
+
+    def __init__(
+        self,
+        path=None,
+        policy="observe",
+        every="auto",
+        watch=None,
+        exclude=None,
+        inputs=False,
+        max_overhead=0.02,
+        warmup_steps=None,
+        sinks=(),
+        on_event=None,
+        verbose=1,
+    ):
+        super().__init__()
+        check_choice(policy, POLICIES, "policy")
+        whole = isinstance(every, int) and not isinstance(every, bool)
+        if every not in ("auto", None) and not (whole and every > 0):
+            raise ValueError(
+                "`every` must be a positive integer, 'auto', or None for no "
+                f"telemetry. Received: {every!r}"
+            )
+        check_number(max_overhead, "`max_overhead`", low=0)
+        if warmup_steps is not None:
+            check_number(warmup_steps, "`warmup_steps`", low=-1)
+        for name, text in (("watch", watch), ("exclude", exclude)):
+            check_expression(text, name)
+        self.path, self.policy, self.every = path, policy, every
+        self.sinks, self.on_event, self.verbose = sinks, on_event, verbose
+        self._what = {"include": watch, "exclude": exclude, "inputs": inputs}
+        self._warmup_steps = warmup_steps
+        self._budget = Budget(every, max_overhead)
+        self._watch = self._writer = self._diagnosis = None
+        self._box = BlackBox()
+        # Full tables until one step; no more for a warning until another.
+        self._alert = self._calm = 0
+        self._plain, self._lock = {}, threading.Lock()
+        self._selection = Selection()
+        self.step, self.last, self.events = 0, {}, []
+        self.worst = Verdict.OK
+
+    @property
+    def verdict(self):
+        return self._diagnosis.verdict if self._diagnosis else Verdict.OK
+
+    @property
+    def overhead(self):
+        return self._budget.report
+
+    # What `fit` calls.
+
+    def on_train_begin(self, logs=None):
+        self._end()  # An interrupted `fit` may have left something.
+        model = self.model
+        self._size = getattr(model, "steps_per_execution", 1)
+        self.step = self._begun = internals.batches_seen(model.optimizer)
+        self._places, self._layout = collections.deque(), None
+        with self._ending_on_error():
+            if self.path is not None and backend.is_writer():
+                self._writer = HealthWriter(self.path)
+            if self.every is not None:
+                self._watch = watch_model(model, **self._what)
+                model.make_train_function()
+            else:
+                self._diagnose(None)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch, self._last_mean = epoch, (0, 0.0)
+        self._sums = collections.defaultdict(list)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        with self._ending_on_error():
+            host = self._take(keep=1)
+            if self._watch is not None:
+                full = self._budget.full(self._begun)
+                full = full or self._begun < self._alert
+                # Detectors are made of what the first table holds.
+                self._watch.full = full or self._layout is None
+                self._watch.shown = {"verdict": float(self.verdict)}
+        self._places.append((self._epoch, batch))
+        self._begun += self._size
+        report = self._budget.tick(host)
+        if report is not None:
+            self._write("overhead", step=self.step, **report)
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.every is None:
+            # Perhaps in another thread, and not in the order of batches.
+            with self._lock:
+                self._plain[batch] = dict(logs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        with self._ending_on_error():
+            self._take(keep=0)
+            if logs is not None:
+                logs.update(self._epoch_logs())
+            self._save()
+
+    def on_train_end(self, logs=None):
+        self._end()
+
+    # One step after the other.
+
+    @contextlib.contextmanager
+    def _ending_on_error(self):
+        """Leaves the model as it was, also if the user interrupts."""
+        try:
+            yield
+        except BaseException:
+            self._end()
+            raise
+
+    def _take(self, keep):
+        """Takes in the steps that are done; returns seconds spent, not waited.
+
+        Raises:
+            TrainingHalted: if the policy says so.
+        """
+        begin = time.perf_counter()
+        if self._watch is None:
+            executions = [[s] for s in self._losses()]
+            waited = 0.0
+        else:
+            executions = self._watch.executions(keep)
+            waited = time.perf_counter() - begin
+        for samples in executions:
+            epoch, batch = self._places.popleft()
+            for i, sample in enumerate(samples):
+                self.step += 1
+                self._look(self.step, epoch, batch + i, sample)
+        if self._watch is not None and not self._watch.measures:
+            raise ValueError(
+                f"{type(self._model).__name__} has a `train_step` of its own "
+                "that does not call `compute_loss`, `optimizer.apply` and "
+                "`compute_metrics`: there is nothing to measure. Monitor with "
+                "`every=None`, which judges the loss alone."
+            )
+        return time.perf_counter() - begin - waited
+
+    def _look(self, step, epoch, batch, sample):
+        full = sample.tensors is not None
+        if full and self._watch.layouts[True] is not self._layout:
+            self._layout = self._watch.layouts[True]
+            self._write("layout", **self._described())
+            self._diagnose(self._layout)
+        scalars = self.last = sample.scalars
+        self._box.append(step, epoch, batch, sample)
+        self._write("step", step=step, epoch=epoch, batch=batch, **scalars)
+        if full:
+            self._write("table", step=step, **_arrays(sample))
+        for name in ("gradient_norm", "max_logit"):
+            if math.isfinite(scalars.get(name, math.nan)):
+                self._sums[name].append(scalars[name])
+        before = self.verdict
+        events = self._diagnosis.update(step, sample)
+        self._sums["verdict"].append(float(self.verdict))
+        self.worst = max(self.worst, self.verdict)
+        for event in events:
+            self._report(event)
+        if self.verdict != before:
+            self._write("verdict", step=step, verdict=str(self.verdict))
+        if full:
+            self._send(step, sample)
+        if self.policy == "halt" and self.verdict.lost:
+            # The first of the last step that has any.
+            fatal = [e for e in self.events if e.detector in FATAL]
+            event = next(e for e in fatal if e.step == fatal[-1].step)
+            self._save()
+            raise TrainingHalted(self.verdict, step, event, self.path)
+
+    def _diagnose(self, layout):
+        """Detectors for this layout: those at work, or saved ones, or new."""
+        names = layout and (layout.tensors, layout.heads, layout.variables)
+        if self._diagnosis is not None and names == self._names:
+            return
+        self._names = names
+        warmup = self._warmup_steps
+        if warmup is None:
+            warmup = internals.warmup_steps(self._model.optimizer)
+        self._diagnosis = Diagnosis(layout, warmup)
+        file = self.path and Path(self.path) / "monitor.json"
+        if file and file.exists() and self.step:
+            saved = read_json(file)
+            if saved["step"] <= self.step:
+                try:
+                    self._diagnosis.restore(saved["diagnosis"])
+                except (KeyError, ValueError):
+                    warnings.warn(
+                        f"{file} is of another model or version: the "
+                        "detectors begin anew.",
+                        stacklevel=2,
+                    )
+
+    def _losses(self):
+        """Samples of the loss alone, from what Keras reports."""
+        with self._lock:
+            plain, self._plain = self._plain, {}
+        samples = []
+        for batch in sorted(plain):
+            logs = plain[batch]
+            before, mean = self._last_mean
+            count, loss = batch + 1, float(logs["loss"])
+            self._last_mean = (count, loss)
+            if "batch_loss" in logs:
+                loss = float(logs["batch_loss"])
+            elif math.isfinite(loss):
+                # `loss` is the mean since the epoch began.
+                loss = (count * loss - before * mean) / (count - before)
+            samples.append(Sample({"loss": loss}))
+        return samples
+
+    def _report(self, event):
+        self.events.append(event)
+        if event.step >= self._calm or event.detector in FATAL:
+            # A run that warns all the time is not looked at all the time.
+            self._alert = self._begun + ALERT
+            self._calm = event.step + 5 * ALERT
+        self._write("event", **dataclasses.asdict(event))
+        if self._writer is not None and self._box.due(event):
+            self._writer.black_box(event, self._box.arrays(self._layout))
+        if self.verbose:
+            print(f"\nStabilityMonitor, step {event.step}: {event.detail}")
+        if self.on_event is not None:
+            self.on_event(event)
+
+    def _epoch_logs(self):
+        """What `History` gets: worst verdict, mean norm, largest logit."""
+        reduce = {"verdict": max, "max_logit": max, "gradient_norm": np.mean}
+        return {
+            name: float(reduce[name](values))
+            for name, values in self._sums.items()
+        }
+
+    # Records.
+
+    def _write(self, kind, **entries):
+        if self._writer is not None:
+            self._writer.write(kind, **entries)
+
+    def _described(self):
+        return {
+            "schema": SCHEMA,
+            **dataclasses.asdict(self._layout),
+            "tensor_statistics": STATISTICS,
+            "head_statistics": HEAD_STATISTICS,
+            "variable_statistics": VARIABLE_STATISTICS,
+        }
+
+    def _send(self, step, sample):
+        if self.sinks:
+            scalars = self._selection(flatten(sample, self._layout))
+            for sink in self.sinks:
+                sink.write(step, scalars)
+
+    def _save(self):
+        if self._writer is not None and self._diagnosis is not None:
+            file = Path(self.path) / "monitor.json"
+            state = {"step": self.step, "diagnosis": self._diagnosis.state()}
+            write_json(file, state)
+
+    def _end(self):
+        """Leaves the model as it was, and the files complete."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _arrays(sample):
+    return {
+        "tensors": sample.tensors,
+        "heads": sample.heads,
+        "variables": sample.variables,
+    }

@@ -1,0 +1,2 @@
+def selftest(model, x=None, y=None):
+    raise NotImplementedError

@@ -1,0 +1,180 @@
+"""What is measured of gradients and updates, around a stock optimizer."""
+
+from keras import ops
+
+from keras_stable import backend
+from keras_stable.backend import internals
+
+# `gradient_norm` is the global L2 norm before clipping, without loss scale
+# and, under gradient accumulation, of the mean over the batches so far;
+# `update_norm` that of the change of all weights, 0 where none was made;
+# `nonfinite_gradients` counts variables; `clean_gradient` is the shallowest of
+# the others, -1 if all are bad or none is; `clipped` is the share clipped: of
+# steps, of variables or of entries, as the optimizer clips; `skipped` is 1
+# where loss scaling skipped the update.
+UPDATE_SCALARS = (
+    "gradient_norm",
+    "update_norm",
+    "nonfinite_gradients",
+    "clean_gradient",
+    "clipped",
+    "skipped",
+    "updated",
+    "loss_scale",
+)
+# Of a trainable variable; `staleness` is StableAdamW's RMS_t (Wortsman et al.,
+# arXiv 2304.13013), sqrt(mean(g^2 / max(v, epsilon^2))) with the gradient
+# after clipping and v after the update, without its bias.
+VARIABLE_STATISTICS = (
+    "gradient_rms",
+    "update_rms",
+    "weight_rms",
+    "staleness",
+)
+
+
+def forward_order(variables, tensors):
+    """Indices of variables in the order in which the forward pass uses them.
+
+    By the first activation of the variable's layer; others, such as norms',
+    stay behind their predecessor.
+    """
+    places = {}
+    for place, name in enumerate(tensors):
+        places.setdefault(name.removesuffix("/input"), place)
+    ranks, last = [], -1
+    for variable in variables:
+        layer, _, name = variable.path.rpartition("/")
+        if name.startswith("reverse"):
+            layer = f"{layer}/head"
+        last = places.get(layer, last)
+        ranks.append(last)
+    return sorted(range(len(variables)), key=ranks.__getitem__)
+
+
+def before(optimizer, full, gradients, variables, read):
+    """What must be computed before the update; see `after`."""
+    scale = internals.loss_scale(optimizer, read)
+    gradients, updated = internals.accumulated(
+        optimizer, gradients, variables, read
+    )
+    kept = [
+        (i, g)
+        for i, (g, v) in enumerate(zip(gradients, variables))
+        if g is not None and internals.counts_gradients(optimizer, v)
+    ]
+    indices, gradients = zip(*kept)
+    squares = backend.square_sums(gradients)
+    scaled = not isinstance(scale, float) or scale != 1.0
+    if scaled:
+        squares = squares / ops.square(ops.cast(scale, "float32"))
+    found = {
+        "indices": indices,
+        "variables": [variables[i] for i in indices],
+        "squares": squares,
+        "updated": updated,
+        "scale": scale,
+    }
+    kind, limit = internals.clipping(optimizer)
+    if full or kind == "clipvalue":
+        if scaled:
+            gradients = [g / ops.cast(scale, g.dtype) for g in gradients]
+        found["gradients"] = gradients
+    return found
+
+
+def after(optimizer, full, found, old, new, read):
+    """Adds what is known after the update to what `before` found."""
+    indices = found["indices"]
+    old, new = ([x[i] for i in indices] for x in (old, new))
+
+    def change(a, b):
+        # bfloat16 would round the difference away.
+        return ops.cast(b, "float32") - ops.cast(a, "float32")
+
+    found["changes"] = backend.square_sums(
+        [change(a, b) for a, b in zip(old, new)]
+    )
+    norm = ops.sqrt(ops.sum(found["squares"]))
+    kind, limit = internals.clipping(optimizer)
+    factors, found["clipped"] = _clip(kind, limit, norm, found)
+    if not full:
+        return found
+    found["weights"] = backend.square_sums(new)
+    moments = internals.second_moments(optimizer)
+    time = ops.maximum(internals.iterations(optimizer, read), 1.0)
+    rows = []
+    for i, (variable, gradient) in enumerate(
+        zip(found["variables"], found["gradients"])
+    ):
+        if id(variable) not in moments:
+            rows.append(ops.full((), float("nan")))
+            continue
+        slot, beta = moments[id(variable)]
+        gradient = ops.cast(gradient, "float32")
+        if kind == "clipvalue":
+            gradient = ops.clip(gradient, -limit, limit)
+        v = ops.cast(read(slot), "float32") / (1.0 - ops.power(beta, time))
+        ratio = ops.square(gradient) / ops.maximum(v, 1e-30)
+        rows.append(ops.sqrt(ops.mean(ratio)) * factors[i])
+    found["staleness"] = ops.stack(rows)
+    return found
+
+
+def _clip(kind, limit, norm, found):
+    """What each gradient is multiplied by, and the share that is clipped."""
+    ones = ops.ones_like(found["squares"])
+    if kind == "global_clipnorm":
+        factor = limit / ops.maximum(norm, limit)
+        return ones * factor, ops.cast(norm > limit, "float32")
+    if kind == "clipnorm":
+        norms = ops.sqrt(found["squares"])
+        clipped = ops.mean(ops.cast(norms > limit, "float32"))
+        return limit / ops.maximum(norms, limit), clipped
+    if kind == "clipvalue":
+        beyond = [
+            ops.sum(ops.cast(ops.abs(g) > limit, "float32"))
+            for g in found["gradients"]
+        ]
+        size = sum(_size(v) for v in found["variables"])
+        return ones, ops.sum(ops.stack(beyond)) / size
+    return ones, ops.zeros(())
+
+
+def _size(variable):
+    size = 1
+    for dim in variable.shape:
+        size *= dim
+    return float(size)
+
+
+def summarize(optimizer, full, found, tensors):
+    """Scalars by `UPDATE_SCALARS`, the table, and its variables' paths."""
+    variables = found["variables"]
+    order = forward_order(variables, tensors)
+    squares = ops.take(found["squares"], order)
+    finite = ops.isfinite(squares)
+    bad = ops.sum(1.0 - ops.cast(finite, "float32"))
+    clean = ops.cast(ops.argmax(finite), "float32")
+    some = ops.logical_and(bad > 0, bad < len(variables))
+    scaled = hasattr(optimizer, "dynamic_scale")
+    scalars = [
+        ops.sqrt(ops.sum(squares)),
+        ops.sqrt(ops.sum(found["changes"])),
+        bad,
+        ops.where(some, clean, -1.0),
+        found["clipped"],
+        bad > 0 if scaled else ops.zeros(()),
+        ops.cast(found["updated"], "float32"),
+        ops.cast(found["scale"], "float32"),
+    ]
+    paths = [variables[i].path for i in order]
+    if not full:
+        return scalars, None, paths
+    sizes = ops.convert_to_tensor([_size(variables[i]) for i in order])
+    table = [
+        ops.sqrt(ops.take(found[key], order) / sizes)
+        for key in ("squares", "changes", "weights")
+    ]
+    table.append(ops.take(found["staleness"], order))
+    return scalars, ops.stack(table, axis=1), paths

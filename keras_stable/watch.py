@@ -1,0 +1,328 @@
+"""Measuring any Keras model as it trains, without touching its code.
+
+`watch` wraps the calls of chosen layers, the loss, the optimizer's update and
+the making of the train function: each on the one object, each undone. What
+they find leaves the compiled step in its logs, as one vector (`packing`).
+"""
+
+import collections
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import keras
+from keras import ops
+
+from keras_stable import backend
+from keras_stable import packing
+from keras_stable import taps
+from keras_stable import telemetry
+from keras_stable import updates
+from keras_stable.backend import internals
+
+KEY = "keras_stable_telemetry"
+
+
+class Carried(NamedTuple):
+    """Predictions, and what the forward pass measured, on their way out."""
+
+    y_pred: Any
+    forward: Any
+
+
+def watch(model, include=None, exclude=None, inputs=False):
+    """Measures each training step of a model, until it is told not to.
+
+    Works for any built and compiled Keras model: `fit` and `train_on_batch`
+    go on as before. Outputs, weights, their number, files and configurations
+    stay what they were.
+
+    By default it measures what every layer that owns a matrix puts out
+    (linear layers, convolutions, embeddings), the residual stream (the output
+    of each block, and of `Add` layers), attention logits, gradients and
+    updates: see `STATISTICS`, `HEAD_STATISTICS`, `VARIABLE_STATISTICS`.
+
+    Args:
+        model: `keras.Model`, built and compiled.
+        include: regular expression, searched in layers' paths: which layers'
+            outputs are measured, of whatever class. Defaults to the above.
+        exclude: regular expression: which of these are not.
+        inputs: bool. Whether the inputs of these layers are measured too.
+
+    Returns:
+        A `Watch`. It is a context manager; `remove()` ends it as well.
+
+    Raises:
+        ValueError: if the model is not built or compiled, or an expression is
+            none or finds no layer.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    >>> model.compile("sgd", "mse")
+    >>> with watch(model) as telemetry:
+    ...     _ = model.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
+    >>> telemetry.read()[-1].tensors.shape
+    (1, 6)
+    """
+    return Watch(model, include, exclude, inputs)
+
+
+class Watch:
+    """A model whose training steps are measured; made by `watch`.
+
+    Attributes:
+        full: bool. Whether the next step measures the full table; otherwise
+            it measures the scalars alone. Each has its own compiled program.
+        layouts: dictionary from `full` to the `Layout` of what was traced.
+        paths: names of the layers chosen.
+        shown: dictionary of numbers that are added to each step's logs.
+        measures: bool. False once a step came out without measurements: the
+            model's own `train_step` passes by what is observed.
+    """
+
+    def __init__(self, model, include=None, exclude=None, inputs=False):
+        _check(model)
+        self.full, self.inputs = True, inputs
+        self.layout = packing.Layout()
+        self.layouts, self._functions, self._store = {}, {}, {}
+        self._forward = self._found = self._optimizer = None
+        self.measures = True
+        self.shown = {}
+        self._pending, self._seen = collections.deque(maxlen=1000), {}
+        self._model, self._undo = model, []
+        chosen, scopes = taps.choose(model, include, exclude)
+        self.paths = list(chosen.values())
+        for layer, path in scopes.items():
+            self._wrap(layer, taps.scope(path))
+        for layer, path in chosen.items():
+            self._wrap(layer, taps.measured(path))
+        for layer in scopes:
+            for child in internals.sublayers(layer):
+                if isinstance(child, keras.layers.Softmax):
+                    self._wrap(child, taps.softmax(taps.cap_of(layer)))
+        for layer in {**scopes, **chosen}:
+            if internals.is_rematerialized(layer):
+                undo = internals.escaping_remat(layer, telemetry.escaping)
+                self._undo.append(undo)
+        self._make = model.make_train_function
+        self._patch(model, "compute_loss", self._compute_loss)
+        self._patch(model, "compute_metrics", self._compute_metrics)
+        self._patch(model, "make_train_function", self._make_train_function)
+        self._undo.append(backend.carry(model, self._carry))
+        self._undo.append(backend.each_step(model, self._collect))
+        # What was traced before knows nothing of this.
+        model.train_function = None
+
+    def _patch(self, owner, name, wrapper):
+        original = getattr(owner, name)
+        wrapped = functools.partial(wrapper, original)
+        wrapped = functools.update_wrapper(wrapped, original)
+        self._undo.append(internals.replace(owner, name, wrapped))
+
+    def _wrap(self, layer, wrapper):
+        quantized = getattr(layer, "quantization_mode", None) is not None
+        self._patch(layer, "quantized_call" if quantized else "call", wrapper)
+
+    def remove(self):
+        """Leaves the model as it was. Doing it twice is fine."""
+        if self._undo:
+            for undo in reversed(self._undo):
+                undo()
+            self._undo = []
+            self._model.train_function = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.remove()
+
+    def read(self):
+        """What the steps since the last reading measured, in their order.
+
+        Waits for the device.
+
+        Returns:
+            List of `Sample`s.
+        """
+        return [s for samples in self.executions() for s in samples]
+
+    def executions(self, keep=0):
+        """The same, a list for each execution: several steps, if compiled so.
+
+        The last `keep` executions are left for the next reading: the device
+        may be at work on them.
+        """
+        found = []
+        while len(self._pending) > keep:
+            samples = []
+            for full, handle in self._pending.popleft():
+                vectors = backend.finish_read(handle)
+                if vectors.ndim == 1:
+                    vectors = vectors[None]
+                else:
+                    vectors = self._new(full, vectors)
+                layout = self.layouts[full]
+                samples += [packing.unpack(v, layout, full) for v in vectors]
+            found.append(samples)
+        return found
+
+    def _new(self, full, ring):
+        """The rows of several steps that were not read yet."""
+        *rows, (count, *_) = ring
+        begin, self._seen[full] = self._seen.get(full, 0), int(count)
+        return [rows[i % len(rows)] for i in range(begin, int(count))]
+
+    # Around the model's own methods, which each of these is given first.
+
+    def _compute_loss(self, original, *args, **kwargs):
+        loss = original(*args, **kwargs)
+        recorder = telemetry.recorder()
+        if recorder is not None and recorder.open:
+            recorder.open = False
+            self._forward = self._summarize(recorder, loss)
+        return loss
+
+    def _summarize(self, recorder, loss):
+        """What the forward pass measured, by name; several calls merged."""
+        layout, forward = self.layout, {}
+        for kind, merge in (
+            ("tensors", packing.merge),
+            ("heads", packing.merge_heads),
+        ):
+            kept = {}
+            for record in getattr(recorder, kind):
+                if backend.reachable(record.value, loss):
+                    kept.setdefault(record.name, []).append(record.value)
+                    layout.labels[record.name] = record.label
+                elif record.name not in layout.unreachable:
+                    layout.unreachable.append(record.name)
+            values = {k: merge(v, recorder.full) for k, v in kept.items()}
+            forward[kind] = list(values.values())
+            if kind == "tensors":
+                layout.tensors = list(values)
+            else:
+                layout.heads = {k: v.shape[-1] for k, v in values.items()}
+        forward["loss"] = ops.stop_gradient(ops.cast(loss, "float32"))
+        return forward
+
+    def _carry(self, y_pred):
+        if self._forward is None:
+            return y_pred
+        forward, self._forward = self._forward, None
+        return Carried(y_pred, forward)
+
+    def _before(self, *args):
+        recorder = telemetry.recorder()
+        if recorder is None:
+            return None
+        return updates.before(self._optimizer, recorder.full, *args)
+
+    def _after(self, found, *args):
+        recorder = telemetry.recorder()
+        if found is not None:
+            self._found = updates.after(
+                self._optimizer, recorder.full, found, *args
+            )
+
+    def _compute_metrics(self, original, x, y, y_pred, *args, **kwargs):
+        forward, self._forward = self._forward, None
+        if isinstance(y_pred, Carried):
+            y_pred, forward = y_pred
+        logs = original(x, y, y_pred, *args, **kwargs)
+        found, self._found = self._found, None
+        if forward is None or found is None:
+            return logs
+        full, layout = telemetry.recorder().full, self.layout
+        scalars, table, layout.variables = updates.summarize(
+            self._optimizer, full, found, layout.tensors
+        )
+        packed, largest = packing.pack(full, forward, scalars, table)
+        self.layouts[full] = layout
+        steps = self._model.steps_per_execution
+        shown = {"gradient_norm": scalars[0]}
+        if layout.heads:
+            shown["max_logit"] = largest
+        return {
+            **logs,
+            **shown,
+            KEY: backend.gather(packed, steps, self._store),
+        }
+
+    def _make_train_function(self, original, force=False):
+        model = self._model
+        if model.train_function is not None and not force:
+            return
+        backend.check_observable(model)
+        self._functions = {}
+        if model.optimizer is not self._optimizer:
+            # The first time, or compiled anew.
+            self._optimizer = model.optimizer
+            self._undo.append(
+                backend.observe_updates(
+                    model.optimizer, self._before, self._after
+                )
+            )
+        model.train_function = self._run
+
+    def _program(self):
+        """The train function of a full or of a light step."""
+        if self.full not in self._functions:
+            model = self._model
+            train_step = type(model).train_step.__get__(model)
+
+            # Each program needs a function of its own: jax takes two bound
+            # methods for one, and would reuse what it traced of the first.
+            def step(*args, **kwargs):
+                recorder = telemetry.Recorder(self.full, self.inputs)
+                self.layout = packing.Layout()
+                with telemetry.recording(recorder):
+                    return train_step(*args, **kwargs)
+
+            self._undo.append(internals.replace(model, "train_step", step))
+            self._make(force=True)
+            self._functions[self.full] = model.train_function
+            model.train_function = self._run
+        return self._functions[self.full]
+
+    def _run(self, *args):
+        self._pending.append([])
+        try:
+            result = self._program()(*args)
+        except StopIteration:
+            # The data ended.
+            self._pending.pop()
+            raise
+        except BaseException:
+            self.remove()
+            raise
+        logs = result[0] if isinstance(result, tuple) else result
+        self._collect(logs)
+        self.measures = bool(self._pending[-1])
+        if isinstance(logs, dict):
+            logs.update(self.shown)
+        return result
+
+    def _collect(self, logs):
+        packed = logs.pop(KEY, None) if isinstance(logs, dict) else None
+        if packed is not None:
+            handle = (self.full, backend.start_read(packed))
+            self._pending[-1].append(handle)
+
+
+def _check(model):
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`watch` takes a `keras.Model`. Received: {type(model).__name__}"
+        )
+    if not model.built:
+        raise ValueError(
+            f"The model {model.name!r} is not built: its layers have no "
+            "weights yet. Call it on a batch, or `model.build(shape)`, first."
+        )
+    if not model.compiled:
+        raise ValueError(
+            f"The model {model.name!r} is not compiled: there are no training "
+            "steps to measure. Call `model.compile(optimizer, loss)` first."
+        )
