@@ -56,6 +56,8 @@ from keras_stable.data import unigram_entropy as unigram_entropy
 
 # Records of a run.
 from keras_stable.records import Health as Health
+from keras_stable.backend import peak_memory as peak_memory
+from keras_stable.records import environment as environment
 from keras_stable.records import RunDirectory as RunDirectory
 from keras_stable.records import read_health as read_health
 from keras_stable.records import read_run as read_run
@@ -68,9 +70,10 @@ from keras_stable.criteria import (
 )
 from keras_stable.criteria import spike_score_paper as spike_score_paper
 from keras_stable.detectors import Event as Event
+from keras_stable.detectors import Judge as Judge
 from keras_stable.detectors import Verdict as Verdict
 from keras_stable.monitor import StabilityMonitor as StabilityMonitor
-from keras_stable.monitor import TrainingHalted as TrainingHalted
+from keras_stable.events import TrainingHalted as TrainingHalted
 from keras_stable.sinks import TensorBoard as TensorBoard
 from keras_stable.sinks import WeightsAndBiases as WeightsAndBiases
 

@@ -4,6 +4,10 @@ import collections
 
 import numpy as np
 
+from keras_stable.packing import HEAD_STATISTICS
+from keras_stable.packing import STATISTICS
+from keras_stable.packing import VARIABLE_STATISTICS
+
 
 class BlackBox:
     """The last 64 steps: where they were in the data, and all they measured.
@@ -33,7 +37,8 @@ class BlackBox:
 
         `step`, `epoch`, `batch` and each scalar: (steps,); of the steps with
         full tables, if any: `table_step`, `tensors` (tables, L, 6),
-        `variables` (tables, V, 4), and what their rows are.
+        `variables` (tables, V, 4), `heads/NAME` (tables, 3, N), and the names
+        of rows and columns.
         """
         steps, epochs, batches, samples = zip(*self._steps)
         arrays = {"step": steps, "epoch": epochs, "batch": batches}
@@ -51,4 +56,9 @@ class BlackBox:
             arrays["variables"] = [s.variables for _, s in tables]
             arrays["tensor_names"] = layout.tensors
             arrays["variable_names"] = layout.variables
+            arrays["tensor_statistics"] = STATISTICS
+            arrays["variable_statistics"] = VARIABLE_STATISTICS
+            arrays["head_statistics"] = HEAD_STATISTICS
+            for i, name in enumerate(layout.heads):
+                arrays[f"heads/{name}"] = [s.heads[i] for _, s in tables]
         return {name: np.array(value) for name, value in arrays.items()}

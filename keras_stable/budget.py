@@ -8,6 +8,9 @@ import time
 # dispatch runs ahead of the device by one, and copies lag by one.
 BLOCK, SKIP = 5, 2
 ROUNDS = 4
+# Detectors over layers want a sample every few hundred steps; more than one
+# in ten steps tells little more.
+LEAST, MOST = 10, 500
 
 
 class Budget:
@@ -15,7 +18,7 @@ class Budget:
 
     ```
     cost     = median time of a full step / median time of a light step - 1
-    interval = ceil(cost / max_overhead), within [1, 500]
+    interval = ceil(cost / max_overhead), within [10, 500]
     overhead = max(cost, 0) / interval + time of the monitor on the host
                / median time of a light step
     ```
@@ -30,7 +33,7 @@ class Budget:
     """
 
     def __init__(self, every, max_overhead):
-        self.every = 10 if every == "auto" else every
+        self.every = LEAST if every == "auto" else every
         self.max_overhead = max_overhead
         self.fixed = every != "auto"
         self.report = None
@@ -75,7 +78,7 @@ class Budget:
         full, light = (statistics.median(self._times[k]) for k in (True, False))
         cost = max(full / light - 1, 0.0)
         host = statistics.median(self._host) / light
-        self.every = min(max(math.ceil(cost / self.max_overhead), 1), 500)
+        self.every = min(max(math.ceil(cost / self.max_overhead), LEAST), MOST)
         self.report = {
             "light_step_seconds": light,
             "full_step_seconds": full,

@@ -307,9 +307,8 @@ class Judge(Detector):
         found = max(findings, key=lambda finding: finding[0])
         if found[0] > max(self.verdict, Verdict.WARN):
             value = float(values.get("loss", math.nan))
-            detail = f"{found[0]}: {found[2]}"
             events.append(
-                Event(step, found[1], "verdict", "loss", value, detail)
+                Event(step, found[1], "verdict", "loss", value, found[2])
             )
         self.verdict = found[0]
         self.worst = max(self.worst, self.verdict)

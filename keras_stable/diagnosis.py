@@ -26,9 +26,9 @@ class Diagnosis:
 
     Every step goes to the `Judge`: loss, gradient norm, update norm. Full
     tables go to the detectors over layers: `Jump` of log2(rms), `Growth` of
-    log2 of rms, abs_max and largest logit, `Staleness` and `Frozen` of
-    variables. Those, and non-finite activations that leave the loss finite,
-    are warnings; only the `Judge` finds a run lost.
+    log2 of rms, abs_max and largest logit, `Staleness` of the first and the
+    last matrix, `Frozen` of all variables. Those, and non-finite activations
+    that leave the loss finite, are warnings; only the `Judge` finds a run lost.
 
     Args:
         layout: `Layout` of the full tables; None if there are none.
@@ -51,6 +51,15 @@ class Diagnosis:
             if not name.endswith("/input")
         ]
         names = [layout.tensors[i] for i in self.outputs]
+        # The first and the last matrix: StableAdamW's case is the embedding,
+        # and inner layers exceed its limit in healthy runs.
+        variables = layout.variables
+        matrices = [
+            i
+            for i, path in enumerate(variables)
+            if path.endswith(("kernel", "embeddings"))
+        ]
+        self.ends = sorted({*matrices[:1], *matrices[-1:]})
         largest = np.broadcast_to(largest, (len(layout.tensors),))
         largest = np.log2(largest[self.outputs]) - 3
         growing = [f"{name} {s}" for s in ("rms", "abs_max") for name in names]
@@ -60,7 +69,7 @@ class Diagnosis:
         self.layers = {
             "jump": Jump(names, warmup=warmup),
             "growth": Growth(growing, limits, warmup=warmup),
-            "staleness": Staleness(layout.variables),
+            "staleness": Staleness([variables[i] for i in self.ends]),
             "frozen": Frozen(layout.variables),
         }
 
@@ -91,7 +100,7 @@ class Diagnosis:
         if name is None or any(e.detector == "nonfinite" for e in found):
             return []
         count = scalars["nonfinite"]
-        detail = f"{count:.0f} entries of {name} are not finite"
+        detail = f"{name} is not finite, the first of {count:.0f} activations"
         event = Event(step, step, "nonfinite", name, count, detail)
         self.judge.warn(event)
         return [event]
@@ -110,12 +119,11 @@ class Diagnosis:
             "growth": np.concatenate([rms, abs_max, logits]),
         }
         if sample.scalars["updated"] and step > self.warmup:
-            for detector, column in (
-                ("staleness", "staleness"),
-                ("frozen", "gradient_rms"),
-            ):
-                column = VARIABLE_STATISTICS.index(column)
-                values[detector] = sample.variables[:, column]
+            table = sample.variables
+            stale = table[:, VARIABLE_STATISTICS.index("staleness")]
+            values["staleness"] = stale[self.ends]
+            gradients = VARIABLE_STATISTICS.index("gradient_rms")
+            values["frozen"] = table[:, gradients]
         events = []
         for name, value in values.items():
             events += self.layers[name].update(step, value)

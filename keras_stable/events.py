@@ -61,6 +61,31 @@ class Event:
     detail: str
 
 
+class TrainingHalted(RuntimeError):
+    """Training was stopped by the monitor, because it is lost.
+
+    Attributes:
+        verdict: `Verdict`.
+        step: int, at which it was reached.
+        event: `Event` that led to it.
+        black_box: path of the file with the steps before it, or None.
+    """
+
+    def __init__(self, verdict, step, event, black_box=None):
+        self.verdict, self.step, self.event = verdict, step, event
+        self.black_box = black_box
+        advice = "lower the learning rate"
+        if verdict is Verdict.NONFINITE:
+            advice = "look at the layer that is named, its weights and batch"
+        where = f" The steps before it: {black_box}." if black_box else ""
+        super().__init__(
+            f"Training is lost: {verdict} at step {step}, since step "
+            f"{event.onset}: {event.detail}.{where} Go back to a checkpoint "
+            f"from before step {event.onset} and {advice}, or watch on with "
+            "policy='observe'."
+        )
+
+
 def check(what, value, low, above=False):
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not real or not (value > low if above else value >= low):

@@ -21,6 +21,7 @@ from keras_stable.choices import check_expression
 from keras_stable.choices import check_number
 from keras_stable.detectors import Verdict
 from keras_stable.diagnosis import Diagnosis
+from keras_stable.events import TrainingHalted
 from keras_stable.packing import HEAD_STATISTICS
 from keras_stable.packing import STATISTICS
 from keras_stable.packing import VARIABLE_STATISTICS
@@ -37,26 +38,6 @@ from keras_stable.watch import watch as watch_model
 POLICIES = ("observe", "halt")
 FATAL = ("verdict", "nonfinite")  # Detectors whose events end a run.
 ALERT = 200  # Steps with full tables after a warning.
-
-
-class TrainingHalted(RuntimeError):
-    """Training was stopped by the monitor, because it is lost.
-
-    Attributes:
-        verdict: `Verdict`.
-        step: int, at which it was reached.
-        event: `Event` that led to it.
-    """
-
-    def __init__(self, verdict, step, event, path):
-        self.verdict, self.step, self.event = verdict, step, event
-        where = f" Records: {path}." if path else ""
-        super().__init__(
-            f"Training is lost: {verdict} at step {step}, since step "
-            f"{event.onset}: {event.detail}.{where} Go back to a checkpoint "
-            f"from before step {event.onset} and lower the learning rate, or "
-            "watch on with policy='observe'."
-        )
 
 
 class StabilityMonitor(keras.callbacks.Callback):
@@ -83,18 +64,20 @@ class StabilityMonitor(keras.callbacks.Callback):
         policy: `"observe"` records; `"halt"` raises `TrainingHalted` at most
             two steps after the verdict is `LEVEL_SHIFT`, `DIVERGED` or
             `NONFINITE`. Defaults to `"observe"`.
-        every: steps between full tables. `"auto"` measures what one costs and
-            keeps to `max_overhead`. None measures nothing: the compiled
-            program is the plain one, and only the loss is judged.
+        every: steps between full tables. `"auto"` measures what one costs,
+            keeps to `max_overhead`, and after a warning looks at 200 steps in
+            a row, once in 1000 steps. An integer is kept to. None measures
+            nothing: the compiled program is the plain one, and only the loss
+            is judged.
         watch, exclude: regular expressions for layers: see `watch`.
         inputs: bool. Whether inputs of layers are measured too.
-        max_overhead: share of a step's time that tables may cost.
+        max_overhead: share of a step's time that tables may cost, on average.
         warmup_steps: int. Steps in which only non-finite numbers are judged,
             64 at least. Defaults to those of the learning rate's schedule.
         sinks: `TensorBoard`, `WeightsAndBiases` or others with `write(step,
             scalars)` and `close()`.
         on_event: function of an `Event`, called as each is found.
-        verbose: 1 prints a line an event, 0 nothing.
+        verbose: 1 prints events, one a detector in 64 steps; 0 nothing.
 
     Attributes:
         verdict, worst: `Verdict`, now and the most severe so far.
@@ -152,7 +135,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._warmup_steps = warmup_steps
         self._budget = Budget(every, max_overhead)
         self._watch = self._writer = self._diagnosis = None
-        self._box = BlackBox()
+        self._box, self._last_box = BlackBox(), None
         # Full tables until one step; no more for a warning until another.
         self._alert = self._calm = 0
         self._plain, self._lock = {}, threading.Lock()
@@ -277,7 +260,14 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._sums["verdict"].append(float(self.verdict))
         self.worst = max(self.worst, self.verdict)
         for event in events:
-            self._report(event)
+            self.events.append(event)
+            self._write("event", **dataclasses.asdict(event))
+            if self.on_event is not None:
+                self.on_event(event)
+        kinds = collections.Counter(event.detector for event in events)
+        for kind, count in kinds.items():
+            event = next(e for e in events if e.detector == kind)
+            self._report(event, count - 1)
         if self.verdict != before:
             self._write("verdict", step=step, verdict=str(self.verdict))
         if full:
@@ -287,7 +277,7 @@ class StabilityMonitor(keras.callbacks.Callback):
             fatal = [e for e in self.events if e.detector in FATAL]
             event = next(e for e in fatal if e.step == fatal[-1].step)
             self._save()
-            raise TrainingHalted(self.verdict, step, event, self.path)
+            raise TrainingHalted(self.verdict, step, event, self._last_box)
 
     def _diagnose(self, layout):
         """Detectors for this layout: those at work, or saved ones, or new."""
@@ -330,19 +320,23 @@ class StabilityMonitor(keras.callbacks.Callback):
             samples.append(Sample({"loss": loss}))
         return samples
 
-    def _report(self, event):
-        self.events.append(event)
-        if event.step >= self._calm or event.detector in FATAL:
+    def _report(self, event, others):
+        """Tells of an event, which stands for `others` at the same step."""
+        fatal = event.detector in FATAL
+        if self.every == "auto" and (fatal or event.step >= self._calm):
             # A run that warns all the time is not looked at all the time.
             self._alert = self._begun + ALERT
             self._calm = event.step + 5 * ALERT
-        self._write("event", **dataclasses.asdict(event))
-        if self._writer is not None and self._box.due(event):
-            self._writer.black_box(event, self._box.arrays(self._layout))
-        if self.verbose:
-            print(f"\nStabilityMonitor, step {event.step}: {event.detail}")
-        if self.on_event is not None:
-            self.on_event(event)
+        due = self._box.due(event)
+        if due and self._writer is not None:
+            self._last_box = self._writer.black_box(
+                event, self._box.arrays(self._layout)
+            )
+        if self.verbose and (due or fatal):
+            name = str(self.verdict) if event.detector == "verdict" else ""
+            what = ": ".join(filter(None, (name, event.detail)))
+            more = f" (and {others} like it)" if others else ""
+            print(f"\nStabilityMonitor, step {event.step}: {what}{more}")
 
     def _epoch_logs(self):
         """What `History` gets: worst verdict, mean norm, largest logit."""

@@ -16,16 +16,17 @@ import dataclasses
 import numpy as np
 from keras import ops
 
-from keras_stable.telemetry import HEAD_STATISTICS
-from keras_stable.telemetry import MASKED
+from keras_stable import telemetry
+from keras_stable.logits import HEAD_STATISTICS
+from keras_stable.logits import MASKED
 from keras_stable.telemetry import STATISTICS
 from keras_stable.updates import UPDATE_SCALARS
 from keras_stable.updates import VARIABLE_STATISTICS
 
 # Of every step. `loss` is the batch's own, not Keras's running mean;
-# `nonfinite` counts entries of activations, `first_nonfinite` is the first
-# activation of the forward pass that has any, -1 for none; `max_logit` is the
-# largest of all heads, before a cap.
+# `max_logit` the largest of all heads, before a cap; `nonfinite` counts
+# activations with bad entries, `first_nonfinite` is the first of them in the
+# forward pass, -1 for none.
 SCALARS = (
     "loss",
     "max_logit",
@@ -75,68 +76,135 @@ class Sample:
     variables: np.ndarray | None = None
 
 
-def merge(values, full):
-    """One activation's statistics from those of several calls of its layer.
+def _by_shape(values):
+    """`(indices, values stacked)` of each shape among `values`."""
+    groups = {}
+    for index, value in enumerate(values):
+        key = (tuple(value.shape), value.dtype)
+        if None in value.shape:
+            # Unknown while it is traced: alone.
+            key = index
+        groups.setdefault(key, []).append(index)
+    for indices in groups.values():
+        yield indices, ops.stack([values[i] for i in indices])
 
-    Means average, the maximum is the largest, counts add up.
+
+def _in_order(parts):
+    """Rows computed for groups of indices, in the order of the indices.
+
+    Few operations for many layers: launching one a layer costs more than
+    what it does.
     """
-    if len(values) == 1:
-        return values[0]
-    x = ops.stack(values)
+    indices, rows = zip(*parts)
+    order = np.argsort([i for group in indices for i in group])
+    return ops.take(ops.concatenate(rows), order, axis=0)
+
+
+def _tensors(full, records):
+    """Statistics (C, 6) of the calls of layers, or (C,): whether one is bad."""
     if not full:
-        return ops.sum(x, axis=0)
+        parts = (
+            (i, ops.sum(ops.cast(x, "float32"), axis=-1))
+            for i, x in _by_shape([r.value for r in records])
+        )
+        # One infinity or NaN makes the sum one.
+        return 1.0 - ops.cast(ops.isfinite(_in_order(parts)), "float32")
+    parts = []
+    for indices, rows in _by_shape([r.value[0] for r in records]):
+        kurtosis = ops.stack([records[i].value[1] for i in indices])
+        dim = ops.convert_to_tensor([float(records[i].note) for i in indices])
+        parts.append((indices, telemetry.summarize(rows, kurtosis, dim)))
+    return _in_order(parts)
+
+
+def _merge(table, names, columns):
+    """Rows of several calls of one layer as one; a row (columns, ...) each.
+
+    Means average, maxima are the largest, counts add up.
+    """
+    unique = list(dict.fromkeys(names))
+    if len(unique) == len(names):
+        return table, unique
     combine = {
-        "rms": lambda x: ops.sqrt(ops.mean(ops.square(x))),
-        "abs_max": ops.max,
-        "nonfinite": ops.sum,
+        "rms": lambda x: ops.sqrt(ops.mean(ops.square(x), axis=0)),
+        "nonfinite": lambda x: ops.sum(x, axis=0),
+        **dict.fromkeys(
+            ("abs_max", "max_logit", "max_logit_capped"),
+            lambda x: ops.max(x, axis=0),
+        ),
     }
-    return ops.stack(
-        [
-            combine.get(name, ops.mean)(x[:, i])
-            for i, name in enumerate(STATISTICS)
+    rows = []
+    for name in unique:
+        calls = ops.stack([table[i] for i, n in enumerate(names) if n == name])
+        merged = [
+            combine.get(column, lambda x: ops.mean(x, axis=0))(calls[:, i])
+            for i, column in enumerate(columns)
         ]
-    )
+        rows.append(ops.stack(merged))
+    return rows, unique
 
 
-def merge_heads(values, full):
-    """The same for an attention core: maxima, and the mean of entropies."""
-    if len(values) == 1:
-        return values[0]
-    x = ops.stack(values)
-    largest = ops.max(x, axis=0)
-    if not full:
-        return largest
-    return ops.concatenate([largest[:2], ops.mean(x, axis=0)[2:]])
+def forward(full, tensors, heads, loss):
+    """What the forward pass measured, few operations for many layers.
+
+    Args:
+        full: bool.
+        tensors, heads: lists of `Record`s.
+        loss: scalar.
+
+    Returns:
+        `(values, layout)`: `"loss"`, `"tensors"`, (L, 6) or (L,), and
+        `"heads"`, a list of (3, N) or (N,), the latter two if there are any.
+    """
+    layout = Layout(labels={r.name: r.note for r in heads})
+    values = {"loss": ops.stop_gradient(ops.cast(loss, "float32"))}
+    if tensors:
+        table = _tensors(full, tensors)
+        table, layout.tensors = _merge(
+            table if full else table[:, None],
+            [r.name for r in tensors],
+            STATISTICS if full else STATISTICS[-1:],
+        )
+        merged = isinstance(table, list)
+        values["tensors"] = ops.stack(table) if merged else table
+    if heads:
+        table, names = _merge(
+            [r.value if full else r.value[None] for r in heads],
+            [r.name for r in heads],
+            HEAD_STATISTICS if full else HEAD_STATISTICS[:1],
+        )
+        layout.heads = {n: x.shape[-1] for n, x in zip(names, table)}
+        values["heads"] = table
+    return values, layout
 
 
-def pack(full, forward, updates, table):
+def pack(full, values, updates, table):
     """The vector.
 
     Args:
         full: bool.
-        forward: dictionary: `"loss"`, a scalar; `"tensors"`, a list of (6,)
-            or (); `"heads"`, a list of (3, N) or (N,).
+        values: of `forward`.
         updates: list of scalars, by `UPDATE_SCALARS`.
         table: tensor (V, 4), or None in a light step.
 
     Returns:
         `(vector, max_logit)`.
     """
-    tensors, heads = forward["tensors"], forward["heads"]
+    tensors, heads = values.get("tensors"), values.get("heads", [])
     bad, first = ops.zeros(()), -ops.ones(())
-    if tensors:
-        counts = ops.stack([t[-1] if full else t for t in tensors])
-        bad = ops.sum(counts)
-        index = ops.cast(ops.argmax(counts > 0), "float32")
+    if tensors is not None:
+        is_bad = tensors[:, -1] > 0
+        bad = ops.sum(ops.cast(is_bad, "float32"))
+        index = ops.cast(ops.argmax(is_bad), "float32")
         first = ops.where(bad > 0, index, -1.0)
     largest = ops.full((), MASKED)
     if heads:
-        rows = [h[0] if full else h for h in heads]
-        largest = ops.max(ops.concatenate(rows))
-    scalars = [forward["loss"], largest, bad, first, *updates]
+        largest = ops.max(ops.concatenate([h[0] for h in heads]))
+    scalars = [values["loss"], largest, bad, first, *updates]
     parts = [ops.stack([ops.cast(x, "float32") for x in scalars])]
     if full:
-        parts += [ops.reshape(x, (-1,)) for x in (*tensors, *heads, table)]
+        tables = [*([] if tensors is None else [tensors]), *heads, table]
+        parts += [ops.reshape(x, (-1,)) for x in tables]
     return ops.concatenate(parts), largest
 
 

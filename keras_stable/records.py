@@ -33,6 +33,7 @@ import numpy as np
 
 from keras_stable import backend
 from keras_stable.choices import check_choice
+from keras_stable.events import Event
 
 SCHEMA = 2
 PACKAGES = "keras keras-hub numpy grain jax torch tensorflow tensorflow-cpu"
@@ -237,7 +238,9 @@ class Health:
         steps: list of dictionaries, by step; one a step.
         tables: dictionary from steps to dictionaries of arrays: `"tensors"`
             (L, 6), `"heads"` (a list of (3, N)), `"variables"` (V, 4).
-        events, verdicts, overheads: lists of dictionaries, as written.
+        events: list of `Event`s.
+        verdicts, overheads: lists of dictionaries, as written.
+        black_boxes: list of paths, by step.
     """
 
     layout: dict
@@ -246,6 +249,7 @@ class Health:
     events: list
     verdicts: list
     overheads: list
+    black_boxes: list
 
     def series(self, name):
         """`(steps, values)` of a scalar, e.g. `"loss"`: two arrays."""
@@ -311,7 +315,10 @@ def read_health(path):
         layout,
         [steps[step] for step in sorted(steps)],
         tables,
-        *others.values(),
+        [Event(**record) for record in others["event"]],
+        others["verdict"],
+        others["overhead"],
+        sorted((Path(path) / "events").glob("*.npz")),
     )
 
 

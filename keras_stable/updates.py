@@ -88,13 +88,7 @@ def after(optimizer, full, found, old, new, read):
     indices = found["indices"]
     old, new = ([x[i] for i in indices] for x in (old, new))
 
-    def change(a, b):
-        # bfloat16 would round the difference away.
-        return ops.cast(b, "float32") - ops.cast(a, "float32")
-
-    found["changes"] = backend.square_sums(
-        [change(a, b) for a, b in zip(old, new)]
-    )
+    found["changes"] = backend.square_sums(new, old)
     norm = ops.sqrt(ops.sum(found["squares"]))
     kind, limit = internals.clipping(optimizer)
     factors, found["clipped"] = _clip(kind, limit, norm, found)
@@ -103,21 +97,24 @@ def after(optimizer, full, found, old, new, read):
     found["weights"] = backend.square_sums(new)
     moments = internals.second_moments(optimizer)
     time = ops.maximum(internals.iterations(optimizer, read), 1.0)
-    rows = []
-    for i, (variable, gradient) in enumerate(
-        zip(found["variables"], found["gradients"])
-    ):
-        if id(variable) not in moments:
-            rows.append(ops.full((), float("nan")))
-            continue
-        slot, beta = moments[id(variable)]
-        gradient = ops.cast(gradient, "float32")
+    known = [
+        (i, g, moments[id(v)])
+        for i, (v, g) in enumerate(zip(found["variables"], found["gradients"]))
+        if id(v) in moments
+    ]
+    stale = ops.full((len(old),), float("nan"))
+    if known:
+        places, gradients, slots = zip(*known)
         if kind == "clipvalue":
-            gradient = ops.clip(gradient, -limit, limit)
-        v = ops.cast(read(slot), "float32") / (1.0 - ops.power(beta, time))
-        ratio = ops.square(gradient) / ops.maximum(v, 1e-30)
-        rows.append(ops.sqrt(ops.mean(ratio)) * factors[i])
-    found["staleness"] = ops.stack(rows)
+            gradients = [ops.clip(g, -limit, limit) for g in gradients]
+        ratios = backend.mean_ratios(gradients, [read(v) for v, _ in slots])
+        bias = [1.0 - ops.power(beta, time) for _, beta in slots]
+        ratios = ratios * ops.stack(bias)
+        # As many as there are variables, those without a moment left NaN.
+        stale = ops.scatter_update(
+            stale, [[i] for i in places], ops.cast(ratios, "float32")
+        )
+    found["staleness"] = ops.sqrt(stale) * factors
     return found
 
 

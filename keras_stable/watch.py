@@ -11,7 +11,6 @@ from typing import Any
 from typing import NamedTuple
 
 import keras
-from keras import ops
 
 from keras_stable import backend
 from keras_stable import packing
@@ -185,27 +184,21 @@ class Watch:
         return loss
 
     def _summarize(self, recorder, loss):
-        """What the forward pass measured, by name; several calls merged."""
-        layout, forward = self.layout, {}
-        for kind, merge in (
-            ("tensors", packing.merge),
-            ("heads", packing.merge_heads),
-        ):
-            kept = {}
-            for record in getattr(recorder, kind):
-                if backend.reachable(record.value, loss):
-                    kept.setdefault(record.name, []).append(record.value)
-                    layout.labels[record.name] = record.label
-                elif record.name not in layout.unreachable:
-                    layout.unreachable.append(record.name)
-            values = {k: merge(v, recorder.full) for k, v in kept.items()}
-            forward[kind] = list(values.values())
-            if kind == "tensors":
-                layout.tensors = list(values)
-            else:
-                layout.heads = {k: v.shape[-1] for k, v in values.items()}
-        forward["loss"] = ops.stop_gradient(ops.cast(loss, "float32"))
-        return forward
+        def reached(records):
+            return [r for r in records if reachable(r.value, loss)]
+
+        def reachable(value, loss):
+            value = value[0] if isinstance(value, tuple) else value
+            return backend.reachable(value, loss)
+
+        tensors, heads = reached(recorder.tensors), reached(recorder.heads)
+        values, self.layout = packing.forward(
+            recorder.full, tensors, heads, loss
+        )
+        names = {r.name for r in (*recorder.tensors, *recorder.heads)}
+        names -= {*self.layout.tensors, *self.layout.heads}
+        self.layout.unreachable = sorted(names)
+        return values
 
     def _carry(self, y_pred):
         if self._forward is None:

@@ -21,10 +21,11 @@ NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 FLOORS = [
     {"choices", "events", "backend", "randomness", "positions", "norms"},
     {"variants", "schedules", "text", "distribution"},
-    {"telemetry", "records", "layerwise", "budget", "blackbox"},
+    {"logits", "records", "layerwise", "budget"},
+    {"telemetry"},
     {"detectors", "updates", "taps", "optimizers", "data", "linear"},
     {"packing", "criteria", "attention", "mlp"},
-    {"block", "watch", "diagnosis", "sinks"},
+    {"block", "watch", "diagnosis", "sinks", "blackbox"},
     {"backbone", "selftest"},
     {"models", "monitor"},
     {"__init__"},

@@ -1,5 +1,6 @@
 """Notebooks run top to bottom, at smaller settings than they are stored."""
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -9,34 +10,101 @@ import nbclient
 import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "colab").glob("*.ipynb"))
-SMALL = {"STEPS = 300": "STEPS = 6", "8, 128": "4, 16"}
+from keras_stable import read_health
+
+FOLDER = Path(__file__).parents[1] / "colab"
+
+
+@dataclasses.dataclass(frozen=True)
+class Expected:
+    """How a notebook is shrunk, how much it draws, and what it must print."""
+
+    smaller: dict
+    images: int
+    check: object
+
+
+def quickstart(printed):
+    found = re.findall(r"validation loss (\d+\.\d+)", printed)
+    assert len(found) == 2
+    # At the start every byte is as likely as any other: log 256 = 5.5.
+    assert all(0 < float(loss) < 5.6 for loss in found)
+
+
+def watch_any_model(printed):
+    diverged, broken = re.findall(r"Training is lost: (.*)", printed)
+    assert diverged.startswith("DIVERGED at step ")
+    # Two epochs of four batches are over when the kernel gets its NaN.
+    assert broken.startswith("NONFINITE at step 9, since step 9: loss is nan")
+    assert "first in the forward pass: conv_1" in broken
+    assert "-verdict.npz: step, epoch, batch, loss" in printed
+    (runs,) = re.findall(r"records in (\S+)", printed)
+    health = {p.name: read_health(p) for p in Path(runs).iterdir()}
+    assert set(health) == {"gpt2", "classifier", "ramp", "nan"}
+    attention = "transformer_layer_0/self_attention"
+    linear = [f"{attention}/{x}" for x in ("query", "key", "value")]
+    for run in ("gpt2", "ramp"):
+        layout = health[run].layout
+        assert set(linear) < set(layout["tensors"])
+        assert layout["tensors"][-1] == "token_embedding/head"
+        assert layout["heads"] == {attention: 4}
+        assert len(health[run].tables) > 1
+    layers = ["conv_0", "conv_1", "conv_2", "directions"]
+    for run in ("classifier", "nan"):
+        layout = health[run].layout
+        assert layout["tensors"] == layers
+        assert {f"{x}/kernel" for x in layers} < set(layout["variables"])
+        assert not layout["heads"]
+    assert len(health["gpt2"].steps) == 6
+    assert len(health["classifier"].steps) == 4
+
+
+NOTEBOOKS = {
+    "quickstart": Expected(
+        {"STEPS = 300": "STEPS = 6", "8, 128": "4, 16"}, 1, quickstart
+    ),
+    "watch_any_model": Expected(
+        {
+            "STEPS, LEARNING_RATE = 200": "STEPS, LEARNING_RATE = 6",
+            "4, 4, 64": "1, 4, 16",
+            "16, 64": "4, 16",
+            "DOUBLING = 16": "DOUBLING = 7",
+            "4096, 3": "128, 1",
+        },
+        7,
+        watch_any_model,
+    ),
+}
+
+
+def test_every_notebook_is_tested():
+    assert set(NOTEBOOKS) == {path.stem for path in FOLDER.glob("*.ipynb")}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_runs_top_to_bottom(path, monkeypatch):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_runs_top_to_bottom(name, monkeypatch, tmp_path):
     monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
-    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-    notebook = nbformat.read(path, as_version=4)
+    monkeypatch.setenv(
+        "MPLBACKEND", "module://matplotlib_inline.backend_inline"
+    )
+    monkeypatch.setenv("TMPDIR", os.fspath(tmp_path))
+    expected = NOTEBOOKS[name]
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
     assert not any(c.outputs for c in code)
     assert "KERAS_BACKEND" in code[0].source
     tagged = [c for c in code if "parameters" in c.metadata.get("tags", ())]
     (settings,) = tagged
-    for large, small in SMALL.items():
+    for large, small in expected.smaller.items():
         assert large in settings.source
         settings.source = settings.source.replace(large, small)
     nbclient.NotebookClient(
         notebook,
         timeout=300,
-        resources={"metadata": {"path": os.fspath(path.parent)}},
+        resources={"metadata": {"path": os.fspath(FOLDER)}},
     ).execute()
     outputs = [o for c in code for o in c.outputs]
     images = [o for o in outputs if "image/png" in o.get("data", {})]
-    assert len(images) == 1
-    printed = "".join(o.get("text", "") for o in outputs)
-    found = re.findall(r"validation loss (\d+\.\d+)", printed)
-    assert len(found) == 2
-    # At the start every byte is as likely as any other: log 256 = 5.5.
-    assert all(0 < float(loss) < 5.6 for loss in found)
+    assert len(images) == expected.images
+    expected.check("".join(o.get("text", "") for o in outputs))

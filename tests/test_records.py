@@ -1,5 +1,6 @@
 """Run directories: what is written is what is read."""
 
+import dataclasses
 import json
 
 import keras
@@ -30,13 +31,14 @@ def test_run_json_grows_and_refuses_a_second_run(tmp_path):
 
 def test_health_survives_nan_and_torn_lines(tmp_path):
     file = tmp_path / "health.jsonl"
+    event = ks.Event(2, 1, "spike", "loss", float("inf"), "It rose.")
     lines = [
         {"kind": "layout", "schema": 2},
         {"kind": "step", "step": 2, "loss": "nan"},
         {"kind": "step", "step": 1, "loss": 9.9},
         # A resumed run repeats a step: the last line counts.
         {"kind": "step", "step": 1, "loss": 1.5},
-        {"kind": "event", "step": 2, "detail": "x"},
+        {"kind": "event", **dataclasses.asdict(event)},
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     file.write_text(text + '{"kind": "step", "step": 3, "lo')
@@ -45,7 +47,7 @@ def test_health_survives_nan_and_torn_lines(tmp_path):
     steps, losses = health.series("loss")
     assert steps.tolist() == [1, 2] and losses[0] == 1.5
     assert np.isnan(losses[1])
-    assert health.events == [{"step": 2, "detail": "x"}]
+    assert health.events == [event]
     file.write_text(text + "not json\n")
     with pytest.raises(ValueError, match="line 6, is no record"):
         ks.read_health(tmp_path)

@@ -17,8 +17,11 @@ __all__ = [
     "fused",
     "gather",
     "is_writer",
+    "mean_ratios",
     "observe_updates",
+    "peak_memory",
     "reachable",
+    "reduce_rows",
     "square_sums",
     "start_read",
 ]
@@ -59,14 +62,53 @@ def reachable(value, reference):
     return found is None
 
 
-def square_sums(tensors):
-    """Sum of squares of each, float32 (len,).
+def square_sums(tensors, minus=None):
+    """Sum of squares of each, or of its difference; float32 (len,).
 
     Written as in Keras's `global_norm`, so that XLA computes them once.
     """
+    tensors = [x.astype("float32") for x in tensors]
+    if minus is not None:
+        tensors = [a - b.astype("float32") for a, b in zip(tensors, minus)]
+    return jnp.stack([jnp.sum(jnp.square(x)) for x in tensors])
+
+
+def mean_ratios(gradients, moments):
+    """Mean of g^2 / v of each pair, float32 (len,)."""
     return jnp.stack(
-        [jnp.sum(jnp.square(x.astype("float32"))) for x in tensors]
+        [
+            jnp.mean(
+                jnp.square(g.astype("float32"))
+                / jnp.maximum(v.astype("float32"), 1e-30)
+            )
+            for g, v in zip(gradients, moments)
+        ]
     )
+
+
+def reduce_rows(x):
+    """Sums of squares, largest magnitudes, sums and counts of bad entries.
+
+    Args:
+        x: floating point array (rows, dim).
+
+    Returns:
+        float32 array (4, rows), of finite entries but for the last.
+    """
+    finite = jnp.isfinite(x)
+    y = jnp.where(finite, x.astype("float32"), 0.0)
+    bad = 1.0 - finite.astype("float32")
+    parts = (jnp.square(y), jnp.abs(y), y, bad)
+    if jax.default_backend() != "gpu":
+        reductions = (jnp.sum, jnp.max, jnp.sum, jnp.sum)
+        return jnp.stack([f(p, axis=1) for f, p in zip(reductions, parts)])
+
+    def combine(a, b):
+        return (a[0] + b[0], jnp.maximum(a[1], b[1]), a[2] + b[2], a[3] + b[3])
+
+    # As one reduction, XLA reads the activation once and not four times.
+    zeros = (np.float32(0),) * 4
+    return jnp.stack(jax.lax.reduce(parts, zeros, combine, (1,)))
 
 
 def observe_updates(optimizer, before, after):
@@ -162,3 +204,9 @@ def check_observable(model):
 def is_writer():
     """Whether this process writes files: one of several does."""
     return jax.process_index() == 0
+
+
+def peak_memory():
+    """Largest number of bytes in use on the device so far, None on a CPU."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    return statistics.get("peak_bytes_in_use")

@@ -14,8 +14,11 @@ __all__ = [
     "fused",
     "gather",
     "is_writer",
+    "mean_ratios",
     "observe_updates",
+    "peak_memory",
     "reachable",
+    "reduce_rows",
     "square_sums",
     "start_read",
 ]
@@ -51,10 +54,46 @@ def reachable(value, reference):
     return getattr(value, "graph", None) is getattr(reference, "graph", None)
 
 
-def square_sums(tensors):
-    """Sum of squares of each, float32 (len,)."""
+def square_sums(tensors, minus=None):
+    """Sum of squares of each, or of its difference; float32 (len,)."""
+    tensors = [tf.cast(x, "float32") for x in tensors]
+    if minus is not None:
+        tensors = [a - tf.cast(b, "float32") for a, b in zip(tensors, minus)]
+    return tf.stack([tf.reduce_sum(tf.square(x)) for x in tensors])
+
+
+def mean_ratios(gradients, moments):
+    """Mean of g^2 / v of each pair, float32 (len,)."""
     return tf.stack(
-        [tf.reduce_sum(tf.square(tf.cast(x, "float32"))) for x in tensors]
+        [
+            tf.reduce_mean(
+                tf.square(tf.cast(g, "float32"))
+                / tf.maximum(tf.cast(v, "float32"), 1e-30)
+            )
+            for g, v in zip(gradients, moments)
+        ]
+    )
+
+
+def reduce_rows(x):
+    """Sums of squares, largest magnitudes, sums and counts of bad entries.
+
+    Args:
+        x: floating point tensor (rows, dim).
+
+    Returns:
+        float32 tensor (4, rows), of finite entries but for the last.
+    """
+    finite = tf.math.is_finite(x)
+    y = tf.where(finite, tf.cast(x, "float32"), 0.0)
+    bad = 1.0 - tf.cast(finite, "float32")
+    return tf.stack(
+        [
+            tf.reduce_sum(tf.square(y), axis=1),
+            tf.reduce_max(tf.abs(y), axis=1),
+            tf.reduce_sum(y, axis=1),
+            tf.reduce_sum(bad, axis=1),
+        ]
     )
 
 
@@ -151,3 +190,10 @@ def is_writer():
     """Whether this process writes files: one of several does."""
     resolver = tf.distribute.get_strategy().cluster_resolver
     return resolver is None or resolver.task_id in (0, None)
+
+
+def peak_memory():
+    """Largest number of bytes in use on the device so far, None on a CPU."""
+    if not tf.config.list_physical_devices("GPU"):
+        return None
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]

@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from keras_stable.backend.internals import replace
 
@@ -16,8 +17,11 @@ __all__ = [
     "fused",
     "gather",
     "is_writer",
+    "mean_ratios",
     "observe_updates",
+    "peak_memory",
     "reachable",
+    "reduce_rows",
     "square_sums",
     "start_read",
 ]
@@ -40,20 +44,37 @@ def check_data_parallel(batch_size):
 def fused(function):
     """`function`, compiled into few kernels where there is a GPU.
 
-    Eager, each of its operations would read the whole activation.
+    Eager, each of its operations would read the whole activation. It is
+    traced into a graph of plain torch operations first, a shape: compiled
+    with Keras's inside, it would check on all of Keras at each call.
     """
-    compiled = None
+    compiled = {}
 
     @functools.wraps(function)
     def call(*args):
-        nonlocal compiled
-        tensor = next(x for x in args if isinstance(x, torch.Tensor))
-        if not tensor.is_cuda or torch.compiler.is_compiling():
+        tensors = [x.detach() for x in args if isinstance(x, torch.Tensor)]
+        if not tensors[0].is_cuda:
             return function(*args)
-        if compiled is None:
-            compiled = torch.compile(function, dynamic=False)
+        key = (
+            *((tuple(x.shape), x.stride(), x.dtype) for x in tensors),
+            *(None if isinstance(x, torch.Tensor) else x for x in args),
+        )
         with torch.no_grad():
-            return compiled(*args)
+            if key not in compiled:
+
+                def graph(*tensors):
+                    left = iter(tensors)
+                    return function(
+                        *(
+                            next(left) if isinstance(x, torch.Tensor) else x
+                            for x in args
+                        )
+                    )
+
+                compiled[key] = torch.compile(
+                    make_fx(graph)(*tensors), dynamic=False
+                )
+            return compiled[key](*tensors)
 
     return call
 
@@ -63,10 +84,44 @@ def reachable(value, reference):
     return True
 
 
-def square_sums(tensors):
-    """Sum of squares of each, float32 (len,)."""
+def square_sums(tensors, minus=None):
+    """Sum of squares of each, or of its difference; float32 (len,)."""
     tensors = [x.detach().float() for x in tensors]
+    if minus is not None:
+        tensors = torch._foreach_sub(tensors, [x.float() for x in minus])
     return torch.stack(torch._foreach_norm(tensors)).square()
+
+
+def mean_ratios(gradients, moments):
+    """Mean of g^2 / v of each pair, float32 (len,)."""
+    sizes = torch.tensor([g.numel() for g in gradients])
+    gradients = [g.detach().float() for g in gradients]
+    roots = torch._foreach_sqrt([v.detach().float() for v in moments])
+    torch._foreach_clamp_min_(roots, 1e-15)
+    norms = torch._foreach_norm(torch._foreach_div(gradients, roots))
+    norms = torch.stack(norms)
+    return norms.square() / sizes.to(norms.device)
+
+
+def reduce_rows(x):
+    """Sums of squares, largest magnitudes, sums and counts of bad entries.
+
+    Args:
+        x: floating point tensor (rows, dim).
+
+    Returns:
+        float32 tensor (4, rows), of finite entries but for the last.
+    """
+    finite = torch.isfinite(x)
+    y = torch.where(finite, x.float(), 0.0)
+    return torch.stack(
+        [
+            y.square().sum(-1),
+            y.abs().amax(-1),
+            y.sum(-1),
+            x.shape[-1] - finite.sum(-1, dtype=torch.float32),
+        ]
+    )
 
 
 def observe_updates(optimizer, before, after):
@@ -87,7 +142,7 @@ def observe_updates(optimizer, before, after):
             optimizer.build(variables)
         found = before(grads, variables, lambda v: v.value)
         # Updated in place: the old values must be kept.
-        old = [v.value.detach().clone() for v in variables]
+        old = torch._foreach_add([v.value.detach() for v in variables], 0)
         original(grads, trainable_variables)
         after(found, old, [v.value for v in variables], lambda v: v.value)
 
@@ -143,3 +198,12 @@ def is_writer():
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return not ready or distributed.get_rank() == 0
+
+
+def peak_memory():
+    """Largest number of bytes in use on the device since it was last asked."""
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
