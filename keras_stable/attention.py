@@ -7,6 +7,7 @@ value heads, G = N / K queries a key, H head dimension.
 import keras
 from keras import ops
 
+from keras_stable import backend
 from keras_stable import telemetry
 from keras_stable import variants
 from keras_stable.linear import advance
@@ -109,12 +110,15 @@ def attend(
     # Products of bfloat16 numbers are exact in float32; a bfloat16 logit near
     # 300 would be off by one nat.
     q_BTKGH = ops.reshape(q_BTNH, (B, T, K, N // K, H))
-    q_BTKGH = ops.cast(q_BTKGH, "float32")
-    raw_BKGTS = scale * ops.einsum(
-        "btkgh,bskh->bkgts", q_BTKGH, ops.cast(k_BSKH, "float32")
-    )
+    q_BTKGH, k_BSKH = (ops.cast(x, "float32") for x in (q_BTKGH, k_BSKH))
+
+    def product(q_BTKGH, k_BSKH):
+        return scale * ops.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
+
+    raw_BKGTS = product(q_BTKGH, k_BSKH)
     if (recorder := telemetry.recorder()) is not None:
-        recorder.logits(raw_BKGTS, mask, softmax.cap)
+        seen = backend.apart(raw_BKGTS, product, q_BTKGH, k_BSKH)
+        recorder.logits(seen, mask, softmax.cap)
     z = ops.cast(ops.cast(raw_BKGTS, softmax.logits_dtype), "float32")
     if softmax.cap is not None:
         z = soft_cap(z, softmax.cap)

@@ -112,7 +112,8 @@ def _tensors(full, records):
     parts = []
     for indices, rows in _by_shape([r.value[0] for r in records]):
         kurtosis = ops.stack([records[i].value[1] for i in indices])
-        dim = ops.convert_to_tensor([float(records[i].note) for i in indices])
+        dim = np.array([records[i].note for i in indices], "float32")
+        dim = ops.convert_to_tensor(dim)
         parts.append((indices, telemetry.summarize(rows, kurtosis, dim)))
     return _in_order(parts)
 

@@ -154,6 +154,7 @@ class Recorder:
         full: bool. Whether the full table is measured, or only what is looked
             at in every step.
         inputs: bool. Whether inputs of layers are measured beside outputs.
+        scope: name of the layer that is being called.
 
     Attributes:
         tensors: list of `Record`s of activations, in the order of the forward
@@ -162,9 +163,7 @@ class Recorder:
     """
 
     def __init__(self, full, inputs=False, scope=""):
-        self.full = full
-        self.inputs = inputs
-        self.scope = scope
+        self.full, self.inputs, self.scope = full, inputs, scope
         self.open = True
         self.tensors, self.heads = [], []
 

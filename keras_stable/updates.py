@@ -1,5 +1,6 @@
 """What is measured of gradients and updates, around a stock optimizer."""
 
+import numpy as np
 from keras import ops
 
 from keras_stable import backend
@@ -102,18 +103,19 @@ def after(optimizer, full, found, old, new, read):
         for i, (v, g) in enumerate(zip(found["variables"], found["gradients"]))
         if id(v) in moments
     ]
-    stale = ops.full((len(old),), float("nan"))
+    stale = ops.full((1,), float("nan"))
+    # Variables without a second moment point to the NaN at the end.
+    rows = np.full(len(old), len(known), "int32")
     if known:
         places, gradients, slots = zip(*known)
         if kind == "clipvalue":
             gradients = [ops.clip(g, -limit, limit) for g in gradients]
         ratios = backend.mean_ratios(gradients, [read(v) for v, _ in slots])
-        bias = [1.0 - ops.power(beta, time) for _, beta in slots]
-        ratios = ratios * ops.stack(bias)
-        # As many as there are variables, those without a moment left NaN.
-        stale = ops.scatter_update(
-            stale, [[i] for i in places], ops.cast(ratios, "float32")
-        )
+        betas = np.array([beta for _, beta in slots], "float32")
+        ratios = ratios * (1.0 - ops.power(betas, time))
+        stale = ops.concatenate([ratios, stale])
+        rows[list(places)] = np.arange(len(known))
+    stale = ops.take(stale, rows)
     found["staleness"] = ops.sqrt(stale) * factors
     return found
 
@@ -148,7 +150,7 @@ def _size(variable):
 def summarize(optimizer, full, found, tensors):
     """Scalars by `UPDATE_SCALARS`, the table, and its variables' paths."""
     variables = found["variables"]
-    order = forward_order(variables, tensors)
+    order = np.array(forward_order(variables, tensors), "int32")
     squares = ops.take(found["squares"], order)
     finite = ops.isfinite(squares)
     bad = ops.sum(1.0 - ops.cast(finite, "float32"))
@@ -168,7 +170,7 @@ def summarize(optimizer, full, found, tensors):
     paths = [variables[i].path for i in order]
     if not full:
         return scalars, None, paths
-    sizes = ops.convert_to_tensor([_size(variables[i]) for i in order])
+    sizes = np.array([_size(variables[i]) for i in order], "float32")
     table = [
         ops.sqrt(ops.take(found[key], order) / sizes)
         for key in ("squares", "changes", "weights")

@@ -166,6 +166,9 @@ def planned(seeds=1, scale="full"):
         for fate, kind, name, changes in declared:
             run = {**DEFAULTS, **changes, "kind": kind, "scale": scale}
             run["seed"] += 100 * seed
+            if scale == "small":
+                run.update(steps=500, layers=run["layers"] // 2, width=64)
+                run["batch_size"] = min(run["batch_size"], 16)
             if scale == "tiny":
                 run.update(steps=240, layers=2, width=32)
                 run["batch_size"] = min(run["batch_size"], 8)
@@ -177,7 +180,7 @@ def planned(seeds=1, scale="full"):
 
 # Data: functions of the step that give a batch, and the loss by chance.
 
-SEQUENCE = {"full": 128, "tiny": 32}
+SEQUENCE = {"full": 128, "small": 64, "tiny": 32}
 
 
 def text(run, ks):
@@ -506,7 +509,7 @@ def main(arguments=None):
         help="then no more are begun and those at work are stopped",
     )
     add("--backend", default=os.environ.get("KERAS_BACKEND", "jax"))
-    add("--scale", choices=("full", "tiny"), default="full")
+    add("--scale", choices=tuple(SEQUENCE), default="full")
     add("--list", action="store_true", help="print the names and end")
     add("--one", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)

@@ -8,6 +8,7 @@ from jax import numpy as jnp
 from keras_stable.backend.internals import replace
 
 __all__ = [
+    "apart",
     "carry",
     "check_data_parallel",
     "check_observable",
@@ -41,6 +42,14 @@ def check_data_parallel(batch_size):
             f"The batch must be a multiple of the {devices} devices it is "
             f"divided among. Received: batch size {batch_size}"
         )
+
+
+def apart(value, function, *tensors):
+    """`value`, which is `function(*tensors)`, to be looked at.
+
+    The model's own computation must not change by a bit, and does not here.
+    """
+    return value
 
 
 def fused(function):

@@ -1,10 +1,12 @@
 """What keras_stable needs of TensorFlow beyond Keras."""
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla
 
 from keras_stable.backend.internals import replace
 
 __all__ = [
+    "apart",
     "carry",
     "check_data_parallel",
     "check_observable",
@@ -39,6 +41,16 @@ def check_data_parallel(batch_size):
         "training would run on one device. Use KERAS_BACKEND=jax for data "
         "parallelism."
     )
+
+
+def apart(value, function, *tensors):
+    """`function(*tensors)` computed again, where nothing else can use it.
+
+    A second reader of `value` would change how the graph is optimised, and so
+    the last bits of what the model computes from it.
+    """
+    tensors = [tf.stop_gradient(x) for x in tensors]
+    return function(*(xla.optimization_barrier(x)[0] for x in tensors))
 
 
 def fused(function):

@@ -8,6 +8,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from keras_stable.backend.internals import replace
 
 __all__ = [
+    "apart",
     "carry",
     "check_data_parallel",
     "check_observable",
@@ -39,6 +40,14 @@ def check_data_parallel(batch_size):
         "Keras accepts a distribution on torch and then ignores it: training "
         "would run on one device. Use KERAS_BACKEND=jax for data parallelism."
     )
+
+
+def apart(value, function, *tensors):
+    """`value`, which is `function(*tensors)`, to be looked at.
+
+    The model's own computation must not change by a bit, and does not here.
+    """
+    return value
 
 
 def fused(function):
