@@ -1,12 +1,23 @@
 """The steps before an event, kept so that they can be looked at after it."""
 
 import collections
+import dataclasses
 
 import numpy as np
 
 from keras_stable.packing import HEAD_STATISTICS
 from keras_stable.packing import STATISTICS
 from keras_stable.packing import VARIABLE_STATISTICS
+
+
+def describe(layout):
+    """A `Layout` as a dictionary, with the names of the tables' columns."""
+    return {
+        **dataclasses.asdict(layout),
+        "tensor_statistics": STATISTICS,
+        "head_statistics": HEAD_STATISTICS,
+        "variable_statistics": VARIABLE_STATISTICS,
+    }
 
 
 class BlackBox:

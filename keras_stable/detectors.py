@@ -35,17 +35,16 @@ __all__ = [
     "Verdict",
 ]
 
-# Series of `Judge`, with the floor and the single large rise of their `Spike`.
-# Norms are judged by their logarithm: twice (what Marin saw before its loss
-# spikes), or ten times at once (Megatron's factor). Single norms of four
-# times, which 0.1 and 0.4 nat suggest, are common and harmless.
+# Series of `Judge`: floor and single large rise of their `Spike`. Norms are
+# judged by their logarithm: twice (what Marin saw before its loss spikes), or
+# ten times at once (Megatron's). Four times once is common and harmless.
 SERIES = {
     "loss": (0.1, 0.4),
     "gradient_norm": (math.log(2.0), math.log(10.0)),
     "update_norm": (math.log(2.0), math.log(10.0)),
 }
 # Regret, and the steps for which it may be exceeded.
-REGRETS = ((0.5, 100), (1.0, 20))
+REGRETS = ((0.5, 100), (1.0, 50))
 
 
 class NonFinite(Detector):
@@ -218,27 +217,27 @@ class Judge(Detector):
     """The verdict about a run, from its loss and two norms at every step.
 
     ```
-    B      = lowest median of 50 losses so far    L0 = median of the first 5
+    L0     = min(median of the first 5 losses, top)
+    B      = min(lowest median of 50 losses so far, top)
     regret = (median of 20 - B) / max(L0 - B, 0.1, 4 noise)
     ```
 
     | verdict           | while                                            |
     |-------------------|--------------------------------------------------|
     | `NONFINITE`       | a NaN or infinity, and 200 steps after           |
-    | `DIVERGED`        | regret > 0.5, from when it has been for 100      |
-    |                   | steps, or > 1 for 20                             |
+    | `DIVERGED`        | regret > 0.5, after 100 steps of it or 50 of > 1 |
     | `LEVEL_SHIFT`     | a `LevelShift` alarm is on for more than 500     |
     |                   | steps, or a spike is open for more than 2000     |
     | `STALLED`         | L0 - B < 0.05 L0 after 500 steps                 |
-    | `SPIKE_SLOW`      | a spike is open for more than 200 steps, and 200 |
-    |                   | steps after                                      |
+    | `SPIKE_SLOW`      | a spike is open for over 200 steps; 200 after it |
     | `SPIKE_RECOVERED` | 200 steps after a spike of 200 or less           |
     | `WARN`            | 200 steps after any other event                  |
 
-    A loss spike is closed when the median of 20 is within 3 s of m, the
-    median before it. `noise`, 1.05 times the median |change| of the last 50
-    losses, keeps a noisy plateau from being regret. In the warm-up only
-    `NONFINITE` is judged: losses may rise there and come back.
+    `top`, twice the first loss and at least 1 above it, is for runs that blow
+    up in their first steps. `noise`, 1.05 times the median |change| of the
+    last 50 losses, or of B's if less, keeps a noisy plateau from being regret.
+    A loss spike is closed when the median of 20 is within 3 s of m, the median
+    before it. In the warm-up only `NONFINITE` is judged: losses may rise there.
 
     Args:
         warmup: int, steps of the learning rate's warm-up; at least 64.
@@ -255,8 +254,8 @@ class Judge(Detector):
     """
 
     _remembers = (
-        *("nonfinite", "spikes", "level_shift", "verdict", "worst", "seen"),
-        *("first", "losses", "best", "open", "above", "diverged", "held"),
+        *"nonfinite spikes level_shift verdict worst seen first".split(),
+        *"losses best noise open above diverged held".split(),
     )
 
     def __init__(self, warmup=0):
@@ -271,7 +270,7 @@ class Judge(Detector):
         self.seen = 0
         self.first = []  # Losses, for L0.
         self.losses = collections.deque(maxlen=50)
-        self.best = None
+        self.best = self.noise = None  # B, and the noise there.
         self.open = None  # [onset, level to come back to] of a loss spike.
         self.above = [None] * len(REGRETS)  # Step since which, or None.
         self.diverged = None  # Step since which.
@@ -304,13 +303,11 @@ class Judge(Detector):
             if event.detector != "nonfinite":
                 self.warn(event)
         findings = [(Verdict.OK, step, ""), *self._findings(step)]
-        found = max(findings, key=lambda finding: finding[0])
-        if found[0] > max(self.verdict, Verdict.WARN):
+        verdict, onset, why = max(findings, key=lambda finding: finding[0])
+        if verdict > max(self.verdict, Verdict.WARN):
             value = float(values.get("loss", math.nan))
-            events.append(
-                Event(step, found[1], "verdict", "loss", value, found[2])
-            )
-        self.verdict = found[0]
+            events += [Event(step, onset, "verdict", "loss", value, why)]
+        self.verdict = verdict
         self.worst = max(self.worst, self.verdict)
         return events
 
@@ -340,18 +337,21 @@ class Judge(Detector):
     def _follow(self, step, loss):
         spike = self.spikes["loss"]
         self.seen += 1
-        self.first = [*self.first, loss][:5]
+        first = self.first[0] if self.first else loss
+        top = first + max(abs(first), 1.0)
+        self.first = [*self.first, min(loss, top)][:5]
         self.losses.append(loss)
         if len(self.losses) == 50:
-            median = statistics.median(self.losses)
-            self.best = median if self.best is None else min(self.best, median)
+            changes = [abs(b - a) for a, b in itertools.pairwise(self.losses)]
+            noise = 1.4826 / 2**0.5 * statistics.median(changes)
+            median = min(statistics.median(self.losses), top)
+            if self.best is None or median < self.best:
+                self.best, self.noise = median, noise
         if self.seen <= self.warmup:
             return
         recent = statistics.median(list(self.losses)[-20:])
-        gain = statistics.median(self.first) - self.best
-        changes = [abs(b - a) for a, b in itertools.pairwise(self.losses)]
-        noise = 1.4826 / 2**0.5 * statistics.median(changes)
-        regret = (recent - self.best) / max(gain, 0.1, 4 * noise)
+        gain = max(statistics.median(self.first) - self.best, 0.1)
+        regret = (recent - self.best) / max(gain, 4 * min(noise, self.noise))
         if regret <= REGRETS[0][0]:
             self.diverged = None
         for i, (limit, patience) in enumerate(REGRETS):
@@ -363,9 +363,9 @@ class Judge(Detector):
             self.open = [spike.onset, spike.median + 3 * spike.scale]
         elif self.open and not spike.active and recent <= self.open[1]:
             onset, took = self.open[0], step - self.open[0]
-            slow = took > 200
-            verdict = Verdict.SPIKE_SLOW if slow else Verdict.SPIKE_RECOVERED
-            self._hold(verdict, step, onset, f"it came back in {took} steps")
+            name = "SPIKE_SLOW" if took > 200 else "SPIKE_RECOVERED"
+            why = f"it came back in {took} steps"
+            self._hold(Verdict[name], step, onset, why)
             self.open = None
 
     def _hold(self, verdict, step, onset, why):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 
@@ -13,6 +14,8 @@ from keras_stable.detectors import Jump
 from keras_stable.detectors import Staleness
 from keras_stable.packing import STATISTICS
 from keras_stable.packing import VARIABLE_STATISTICS
+from keras_stable.records import read_json
+from keras_stable.records import write_json
 
 # Maximum attention logits at which QK-Clip (Kimi K2) and Megatron act.
 MOST_LOGIT = 100.0
@@ -41,6 +44,7 @@ class Diagnosis:
         self.judge = Judge(warmup)
         self.warmup = max(64, warmup)
         self.skips = 0
+        self.bad = False  # Whether the last step had a bad activation.
         self.layers = {}
         if layout is None:
             return
@@ -97,13 +101,15 @@ class Diagnosis:
 
     def _activations(self, step, scalars, found):
         name = scalars.get("first_nonfinite")
+        # One event for all steps in a row.
+        new, self.bad = not self.bad, name is not None
         if name is None or any(e.detector == "nonfinite" for e in found):
             return []
         count = scalars["nonfinite"]
         detail = f"{name} is not finite, the first of {count:.0f} activations"
         event = Event(step, step, "nonfinite", name, count, detail)
         self.judge.warn(event)
-        return [event]
+        return [event] if new else []
 
     def _tables(self, step, sample):
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -136,15 +142,37 @@ class Diagnosis:
         return {
             "judge": self.judge.state(),
             "skips": self.skips,
+            "bad": self.bad,
             **{name: x.state() for name, x in self.layers.items()},
         }
 
     def restore(self, state):
         """Goes on from a `state()`."""
         self.judge.restore(state["judge"])
-        self.skips = state["skips"]
+        self.skips, self.bad = state["skips"], state["bad"]
         for name, detector in self.layers.items():
             detector.restore(state[name])
+
+    def save(self, file, step):
+        """Writes its state after a step."""
+        state = {"step": step, "diagnosis": self.state()}
+        write_json(file, state, indent=None)
+
+    def load(self, file, step):
+        """Goes on from what `save` wrote, unless after a later step."""
+        new = self.state()
+        try:
+            saved = read_json(file)
+            if saved["step"] <= step:
+                self.restore(saved["diagnosis"])
+        except (KeyError, TypeError, ValueError):
+            # Some may have been restored before another was found to differ.
+            self.restore(new)
+            warnings.warn(
+                f"{file} is of another model or version: the detectors begin "
+                "anew.",
+                stacklevel=2,
+            )
 
 
 def _placed(event, scalars):

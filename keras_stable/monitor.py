@@ -6,7 +6,6 @@ import dataclasses
 import math
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import keras
@@ -15,21 +14,18 @@ import numpy as np
 from keras_stable import backend
 from keras_stable.backend import internals
 from keras_stable.blackbox import BlackBox
+from keras_stable.blackbox import describe
 from keras_stable.budget import Budget
 from keras_stable.choices import check_choice
 from keras_stable.choices import check_expression
 from keras_stable.choices import check_number
 from keras_stable.detectors import Verdict
 from keras_stable.diagnosis import Diagnosis
+from keras_stable.events import Event
 from keras_stable.events import TrainingHalted
-from keras_stable.packing import HEAD_STATISTICS
-from keras_stable.packing import STATISTICS
-from keras_stable.packing import VARIABLE_STATISTICS
 from keras_stable.packing import Sample
 from keras_stable.records import SCHEMA
 from keras_stable.records import HealthWriter
-from keras_stable.records import read_json
-from keras_stable.records import write_json
 from keras_stable.selftest import selftest
 from keras_stable.sinks import Selection
 from keras_stable.sinks import flatten
@@ -37,7 +33,10 @@ from keras_stable.watch import watch as watch_model
 
 POLICIES = ("observe", "halt")
 FATAL = ("verdict", "nonfinite")  # Detectors whose events end a run.
+AT_WORK = "_stability_monitor"  # Attribute of a model while it is in `fit`.
+TABLES = ("tensors", "heads", "variables")
 ALERT = 200  # Steps with full tables after a warning.
+SAVE_SECONDS = 30  # Between savings of the detectors' state.
 
 
 class StabilityMonitor(keras.callbacks.Callback):
@@ -90,8 +89,6 @@ class StabilityMonitor(keras.callbacks.Callback):
         ValueError: at construction, for a value out of range.
         OSError: in `fit` before the first step, if `path` cannot be written.
 
-    Example:
-
     >>> monitor = StabilityMonitor("runs/a", policy="halt")  # doctest: +SKIP
     >>> model.fit(x, y, callbacks=[monitor])                 # doctest: +SKIP
     """
@@ -134,13 +131,16 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._what = {"include": watch, "exclude": exclude, "inputs": inputs}
         self._warmup_steps = warmup_steps
         self._budget = Budget(every, max_overhead)
-        self._watch = self._writer = self._diagnosis = None
+        self._watch = self._writer = self._diagnosis = self._names = None
+        self._places = None  # Of steps in the data, while `fit` goes on.
         self._box, self._last_box = BlackBox(), None
+        self._saved = -math.inf
         # Full tables until one step; no more for a warning until another.
         self._alert = self._calm = 0
         self._plain, self._lock = {}, threading.Lock()
         self._selection = Selection()
         self.step, self.last, self.events = 0, {}, []
+        self._lag = 0  # Of the optimizer's count: what loss scaling skipped.
         self.worst = Verdict.OK
 
     @property
@@ -154,21 +154,28 @@ class StabilityMonitor(keras.callbacks.Callback):
     # What `fit` calls.
 
     def on_train_begin(self, logs=None):
-        self._end()  # An interrupted `fit` may have left something.
         model = self.model
+        for monitor in (self, vars(model).get(AT_WORK)):
+            if monitor is not None and monitor._places is not None:
+                # What an interrupted `fit` has left.
+                with contextlib.suppress(TrainingHalted, ValueError):
+                    monitor._take(keep=0)
+                monitor._end()
+        self._release = internals.replace(model, AT_WORK, self)
         self._size = getattr(model, "steps_per_execution", 1)
-        self.step = self._begun = internals.batches_seen(model.optimizer)
         self._places, self._layout = collections.deque(), None
+        self._begun = None
         with self._ending_on_error():
             if self.path is not None and backend.is_writer():
                 self._writer = HealthWriter(self.path)
             if self.every is not None:
                 self._watch = watch_model(model, **self._what)
                 model.make_train_function()
-            else:
-                self._diagnose(None)
 
     def on_epoch_begin(self, epoch, logs=None):
+        if self._begun is None:
+            with self._ending_on_error():
+                self._resume()
         self._epoch, self._last_mean = epoch, (0, 0.0)
         self._sums = collections.defaultdict(list)
 
@@ -176,10 +183,11 @@ class StabilityMonitor(keras.callbacks.Callback):
         with self._ending_on_error():
             host = self._take(keep=1)
             if self._watch is not None:
-                full = self._budget.full(self._begun)
-                full = full or self._begun < self._alert
+                steps = range(self._begun, self._begun + self._size)
+                full = any(map(self._budget.full, steps))
                 # Detectors are made of what the first table holds.
-                self._watch.full = full or self._layout is None
+                full = full or not (self._layout or self._places)
+                self._watch.full = full or self._begun < self._alert
                 self._watch.shown = {"verdict": float(self.verdict)}
         self._places.append((self._epoch, batch))
         self._begun += self._size
@@ -196,12 +204,33 @@ class StabilityMonitor(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         with self._ending_on_error():
             self._take(keep=0)
+            self._begun = self.step  # The last execution may be a part.
+            count = internals.batches_seen(self.model.optimizer)
+            self._lag = self.step - count
             if logs is not None:
                 logs.update(self._epoch_logs())
-            self._save()
+            if time.monotonic() - self._saved > SAVE_SECONDS:
+                # A file of some 100 KB: not after each of many short epochs.
+                self._save()
 
     def on_train_end(self, logs=None):
+        self._save()
         self._end()
+
+    def _resume(self):
+        """Finds where training begins: after `on_train_begin` of all others.
+
+        `BackupAndRestore` may have gone back: then, and after a halt, what
+        the detectors remember is of no use.
+        """
+        begun = internals.batches_seen(self.model.optimizer) + self._lag
+        halted = self.policy == "halt" and self.verdict.lost
+        if halted or begun < self.step:
+            self._diagnosis = None
+            self._alert = self._calm = 0
+        self.step = self._begun = self._resumed = begun
+        if self.every is None:
+            self._diagnose(None)
 
     # One step after the other.
 
@@ -215,14 +244,10 @@ class StabilityMonitor(keras.callbacks.Callback):
             raise
 
     def _take(self, keep):
-        """Takes in the steps that are done; returns seconds spent, not waited.
-
-        Raises:
-            TrainingHalted: if the policy says so.
-        """
+        """Takes in steps that are done; returns seconds spent, not waited."""
         begin = time.perf_counter()
         if self._watch is None:
-            executions = [[s] for s in self._losses()]
+            executions = self._losses()
             waited = 0.0
         else:
             executions = self._watch.executions(keep)
@@ -231,7 +256,8 @@ class StabilityMonitor(keras.callbacks.Callback):
             epoch, batch = self._places.popleft()
             for i, sample in enumerate(samples):
                 self.step += 1
-                self._look(self.step, epoch, batch + i, sample)
+                if sample is not None:
+                    self._look(self.step, epoch, batch + i, sample)
         if self._watch is not None and not self._watch.measures:
             raise ValueError(
                 f"{type(self._model).__name__} has a `train_step` of its own "
@@ -245,13 +271,14 @@ class StabilityMonitor(keras.callbacks.Callback):
         full = sample.tensors is not None
         if full and self._watch.layouts[True] is not self._layout:
             self._layout = self._watch.layouts[True]
-            self._write("layout", **self._described())
+            self._write("layout", schema=SCHEMA, **describe(self._layout))
             self._diagnose(self._layout)
         scalars = self.last = sample.scalars
         self._box.append(step, epoch, batch, sample)
         self._write("step", step=step, epoch=epoch, batch=batch, **scalars)
         if full:
-            self._write("table", step=step, **_arrays(sample))
+            tables = {k: getattr(sample, k) for k in TABLES}
+            self._write("table", step=step, **tables)
         for name in ("gradient_norm", "max_logit"):
             if math.isfinite(scalars.get(name, math.nan)):
                 self._sums[name].append(scalars[name])
@@ -273,10 +300,11 @@ class StabilityMonitor(keras.callbacks.Callback):
         if full:
             self._send(step, sample)
         if self.policy == "halt" and self.verdict.lost:
-            # The first of the last step that has any.
-            fatal = [e for e in self.events if e.detector in FATAL]
+            # The first of the last step that has any; none if it was lost when
+            # another monitor saved it. This one does not: the last is better.
+            saved = Event(step, step, "verdict", "loss", math.nan, "as saved")
+            fatal = [e for e in self.events if e.detector in FATAL] or [saved]
             event = next(e for e in fatal if e.step == fatal[-1].step)
-            self._save()
             raise TrainingHalted(self.verdict, step, event, self._last_box)
 
     def _diagnose(self, layout):
@@ -288,25 +316,19 @@ class StabilityMonitor(keras.callbacks.Callback):
         warmup = self._warmup_steps
         if warmup is None:
             warmup = internals.warmup_steps(self._model.optimizer)
-        self._diagnosis = Diagnosis(layout, warmup)
+        self._diagnosis, self._box = Diagnosis(layout, warmup), BlackBox()
         file = self.path and Path(self.path) / "monitor.json"
-        if file and file.exists() and self.step:
-            saved = read_json(file)
-            if saved["step"] <= self.step:
-                try:
-                    self._diagnosis.restore(saved["diagnosis"])
-                except (KeyError, ValueError):
-                    warnings.warn(
-                        f"{file} is of another model or version: the "
-                        "detectors begin anew.",
-                        stacklevel=2,
-                    )
+        if file and file.exists() and self._resumed:
+            self._diagnosis.load(file, self._resumed)
 
     def _losses(self):
-        """Samples of the loss alone, from what Keras reports."""
+        """The same from what Keras reports: the loss alone.
+
+        Of several steps in one execution it is the last one's or their mean.
+        """
         with self._lock:
             plain, self._plain = self._plain, {}
-        samples = []
+        executions = []
         for batch in sorted(plain):
             logs = plain[batch]
             before, mean = self._last_mean
@@ -317,8 +339,9 @@ class StabilityMonitor(keras.callbacks.Callback):
             elif math.isfinite(loss):
                 # `loss` is the mean since the epoch began.
                 loss = (count * loss - before * mean) / (count - before)
-            samples.append(Sample({"loss": loss}))
-        return samples
+            unknown = [None] * (count - before - 1)
+            executions.append([*unknown, Sample({"loss": loss})])
+        return executions
 
     def _report(self, event, others):
         """Tells of an event, which stands for `others` at the same step."""
@@ -341,25 +364,14 @@ class StabilityMonitor(keras.callbacks.Callback):
     def _epoch_logs(self):
         """What `History` gets: worst verdict, mean norm, largest logit."""
         reduce = {"verdict": max, "max_logit": max, "gradient_norm": np.mean}
-        return {
-            name: float(reduce[name](values))
-            for name, values in self._sums.items()
-        }
+        sums = self._sums.items()
+        return {name: float(reduce[name](values)) for name, values in sums}
 
     # Records.
 
     def _write(self, kind, **entries):
         if self._writer is not None:
             self._writer.write(kind, **entries)
-
-    def _described(self):
-        return {
-            "schema": SCHEMA,
-            **dataclasses.asdict(self._layout),
-            "tensor_statistics": STATISTICS,
-            "head_statistics": HEAD_STATISTICS,
-            "variable_statistics": VARIABLE_STATISTICS,
-        }
 
     def _send(self, step, sample):
         if self.sinks:
@@ -370,22 +382,19 @@ class StabilityMonitor(keras.callbacks.Callback):
     def _save(self):
         if self._writer is not None and self._diagnosis is not None:
             file = Path(self.path) / "monitor.json"
-            state = {"step": self.step, "diagnosis": self._diagnosis.state()}
-            write_json(file, state)
+            self._diagnosis.save(file, self.step)
+            self._saved = time.monotonic()
 
     def _end(self):
         """Leaves the model as it was, and the files complete."""
+        if self._places is not None:
+            for sink in self.sinks:
+                sink.close()
+            self._places = None
+            self._release()
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-
-
-def _arrays(sample):
-    return {
-        "tensors": sample.tensors,
-        "heads": sample.heads,
-        "variables": sample.variables,
-    }

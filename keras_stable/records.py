@@ -61,10 +61,10 @@ def _from_json(value):
     return float(value) if value in ("nan", "inf", "-inf") else value
 
 
-def write_json(file, value):
+def write_json(file, value, indent=2):
     """Writes a file whole: a reader, or a full disk, never sees half of it."""
     part = Path(file).with_suffix(".part")
-    part.write_text(json.dumps(_to_json(value), indent=2) + "\n")
+    part.write_text(json.dumps(_to_json(value), indent=indent) + "\n")
     os.replace(part, file)
 
 

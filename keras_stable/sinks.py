@@ -1,6 +1,7 @@
 """Where a monitor sends its numbers beside its own records: off by default.
 
-A sink is anything with `write(step, scalars)` and `close()`.
+A sink is anything with `write(step, scalars)` and `close()`, which ends each
+`fit`: another one may write again.
 """
 
 import importlib
@@ -30,16 +31,20 @@ class TensorBoard:
     """
 
     def __init__(self, path):
-        package = _package("tensorboard.summary", "tensorboard")
-        self._writer = package.Writer(str(path))
+        self._package = _package("tensorboard.summary", "tensorboard")
+        self._path, self._writer = str(path), None
 
     def write(self, step, scalars):
+        if self._writer is None:
+            self._writer = self._package.Writer(self._path)
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, step)
 
     def close(self):
-        self._writer.flush()
-        self._writer.close()
+        """Completes the file; writing again begins another."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
 class WeightsAndBiases:

@@ -111,7 +111,8 @@ def after(optimizer, full, found, old, new, read):
         if kind == "clipvalue":
             gradients = [ops.clip(g, -limit, limit) for g in gradients]
         ratios = backend.mean_ratios(gradients, [read(v) for v, _ in slots])
-        betas = np.array([beta for _, beta in slots], "float32")
+        betas = [beta for _, beta in slots]
+        betas = ops.convert_to_tensor(np.array(betas, "float32"))
         ratios = ratios * (1.0 - ops.power(betas, time))
         stale = ops.concatenate([ratios, stale])
         rows[list(places)] = np.arange(len(known))
@@ -171,6 +172,7 @@ def summarize(optimizer, full, found, tensors):
     if not full:
         return scalars, None, paths
     sizes = np.array([_size(variables[i]) for i in order], "float32")
+    sizes = ops.convert_to_tensor(sizes)
     table = [
         ops.sqrt(ops.take(found[key], order) / sizes)
         for key in ("squares", "changes", "weights")

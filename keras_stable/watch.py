@@ -288,6 +288,7 @@ class Watch:
             self._pending.pop()
             raise
         except BaseException:
+            self._pending.pop()
             self.remove()
             raise
         logs = result[0] if isinstance(result, tuple) else result

@@ -33,124 +33,30 @@ a success nor a false alarm. Skipped steps of loss scaling have no norms.
 
 import argparse
 import collections
+import importlib.util
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
 import numpy as np
+from detection_rules import RULES
+from detection_rules import first
 
-import keras_stable as ks
+# Keras wants a backend, though nothing here computes with it.
+BACKENDS = filter(importlib.util.find_spec, ("jax", "torch", "tensorflow"))
+os.environ.setdefault("KERAS_BACKEND", next(BACKENDS, "jax"))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras_stable as ks  # noqa: E402
 
 SERIES = ("loss", "gradient_norm", "update_norm", "max_logit", "skipped")
 HEALTHY, LOST = ("converged", "spiked"), ("diverged", "nonfinite")
 GREY = ("degraded", "unlearned")
+# What a log keeps of how it was made.
+MADE = ("backend", "device", "versions", "git_commit", "command", "seconds")
 MOST_SKIPS = 20  # The monitor's: so many skipped updates in a row count.
-
-
-# The rules of others, from their sources as of 2025 and 2026. Each takes the
-# series of a run and gives the first step, from 1, at which it fires, or None.
-
-
-def first(fired):
-    """The first step of a series of booleans, from 1; None if there is none."""
-    fired = np.asarray(fired, bool)
-    return int(fired.argmax()) + 1 if fired.any() else None
-
-
-def terminate_on_nan(run):
-    """Keras `TerminateOnNaN`: the mean loss of the epoch so far is not finite.
-
-    The mean is float32, and all of a run is one epoch.
-    """
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = np.cumsum(run["loss"], dtype="float32")
-        return first(~np.isfinite(total / np.arange(1, len(total) + 1)))
-
-
-def kill_loss_spike(run, steps=None):
-    """llm-foundry `KillLossSpike(log_only=False)`: either of two rules.
-
-    Window: the last max(100, 5 % of the run) losses, outliers among them.
-    Spike: five losses in a row (more than its patience of 4), each at least
-    2.0 times the window's mean. High loss: after two windows, half of the
-    window or more is above min(greatest loss of the first window, 10).
-    """
-    loss = run["loss"]
-    size = max(100, round(0.05 * (steps or len(loss))))
-    row = 0
-    for i in range(size, len(loss)):
-        window = loss[i - size : i]
-        # A comparison with NaN is false, as there.
-        row = row + 1 if loss[i] >= 2.0 * mean(window) else 0
-        cap = min(loss[:size].max(), 10.0)
-        high = i + 1 >= 2 * size and (window > cap).sum() >= size / 2
-        if row > 4 or high:
-            return i + 1
-    return None
-
-
-def spike_detection(run):
-    """Lightning `SpikeDetection()`: a loss that is not finite, or at least 3x.
-
-    With m the mean of the last 10 losses, from the second step on: not less
-    than the loss before, and |loss - m| >= 2.0 * |m|. Non-finite is a spike.
-    """
-    loss = run["loss"]
-    for i in range(1, len(loss)):
-        m = mean(loss[max(0, i - 10) : i])
-        worse = loss[i] > loss[i - 1] and abs(loss[i] - m) >= 2.0 * abs(m)
-        if worse or not np.isfinite(loss[i]):
-            return i + 1
-    return None
-
-
-def megatron(run):
-    """Megatron-LM's rerun machine, `check_for_spiky_loss` and NaN checks.
-
-    A loss that is not finite, or at least 10 times the greatest of the first
-    100 (and then silent during these).
-    """
-    loss = np.abs(run["loss"])
-    fired = ~np.isfinite(loss)
-    if len(loss) > 100:
-        greatest = loss[:100].max()
-        fired[100:] |= loss[100:] >= 10 * greatest
-    return first(fired)
-
-
-def olmo_core(run):
-    """OLMo-core `SkipStepOptimizer`: the first step it would skip, a flag.
-
-    Loss or gradient norm above mean + 6 * std of up to 128 values before,
-    once there are 64; torch's std (n - 1), outliers stay in. Nothing fires on
-    a NaN, nor while one is in the window.
-    """
-    found = []
-    for name in ("loss", "gradient_norm"):
-        x = run[name]
-        for i in range(63, len(x)):
-            window = x[max(0, i - 128) : i]
-            with np.errstate(over="ignore", invalid="ignore"):
-                over = x[i] - window.mean() > 6 * window.std(ddof=1)
-            if over:
-                found.append(i + 1)
-                break
-    return min(found, default=None)
-
-
-def mean(values):
-    with np.errstate(over="ignore", invalid="ignore"):
-        return float(np.mean(values))
-
-
-RULES = {
-    "Keras TerminateOnNaN": terminate_on_nan,
-    "llm-foundry KillLossSpike": kill_loss_spike,
-    "Lightning SpikeDetection": spike_detection,
-    "Megatron 10x of first 100": megatron,
-    "OLMo-core 6 sigma (skips)": olmo_core,
-}
 
 
 def judge(run, warmup):
@@ -200,11 +106,12 @@ def onset(run, rise=0.1):
 
 
 def kept_norms(run):
-    """Gradient norms, 0 where there are none or loss scaling skipped."""
-    if not len(run["gradient_norm"]):
-        return np.zeros(len(run["loss"]))
+    """Both norms together, without those of steps that loss scaling skipped."""
+    norms = np.zeros(len(run["loss"]))
+    for name in ("gradient_norm", "update_norm"):
+        norms = norms + (run[name] if len(run[name]) else 0.0)
     skipped = run["skipped"] if len(run["skipped"]) else 0
-    return np.where(np.greater(skipped, 0), 0.0, run["gradient_norm"])
+    return np.where(np.greater(skipped, 0), 0.0, norms)
 
 
 def label(run, chance):
@@ -246,17 +153,14 @@ def read_directory(path):
         # The default of `pretrain.py`.
         warmup = config.get("steps", 0) // 20
     corpus = record.get("corpus", {})
+    scale = config.get("scale", "full")
     return {
-        "name": path.name,
+        "name": path.name + ("" if scale == "full" else f"-{scale}"),
         "kind": config.get("kind", "lm"),
         "warmup": warmup,
         "chance": record.get("chance", corpus.get("unigram_entropy")),
         "config": config,
-        "made": {
-            key: record[key]
-            for key in ("backend", "device", "versions", "git_commit")
-            if key in record
-        },
+        "made": {key: record[key] for key in MADE if key in record},
         "series": {
             name: health.series(name)[1].astype("float32") for name in SERIES
         },
@@ -306,6 +210,7 @@ def replay(logs):
             {
                 "name": log["name"],
                 "kind": log["kind"],
+                "device": log["made"].get("device"),
                 "label": became,
                 "onset": onset(run) if became in LOST else None,
                 "steps": len(run["loss"]),
@@ -324,6 +229,7 @@ def score(rows, rule):
     `lead` is what it is earlier than `TerminateOnNaN`, or than the end of a
     run that this never stops, over all lost runs; `saved` is the share of the
     lost runs' steps after their onset. `early` ones fired before the onset.
+    `diverged` are those of the lost that have no NaN for every rule to see.
     `bound` is the 95 % upper bound of the share of healthy runs stopped.
     """
     lost = [row for row in rows if row["label"] in LOST]
@@ -344,6 +250,11 @@ def score(rows, rule):
         "rule": rule,
         "lost": len(lost),
         "missed": stops.count(None),
+        "diverged": sum(row["label"] == "diverged" for row in lost),
+        "missed_diverged": sum(
+            row["label"] == "diverged" and row["fired"][rule] is None
+            for row in lost
+        ),
         "early": sum(delay < 0 for delay in delays),
         "healthy": len(healthy),
         "false": false,
@@ -354,6 +265,10 @@ def score(rows, rule):
         "saved": sum(saved) / possible if possible else None,
         "fired_on_others": dict(others),
     }
+
+
+def count(rows, key):
+    return dict(collections.Counter(row[key] for row in rows))
 
 
 def quantile(values, q):
@@ -376,7 +291,8 @@ def upper_bound(k, n, level=0.95):
 
 def table(scores):
     lines = [
-        f"{'rule':26}{'missed':>8}{'early':>6}{'false':>7}{'(<95%)':>8}"
+        f"{'rule':26}{'missed':>8}{'finite':>7}{'early':>6}"
+        f"{'false':>7}{'(<95%)':>8}"
         f"{'delay':>6}{'90 %':>6}{'lead':>6}{'saved':>6}"
     ]
     for s in scores:
@@ -384,10 +300,11 @@ def table(scores):
         cells = [f"{'-' if x is None else f'{x:.0f}':>6}" for x in numbers]
         saved = "-" if s["saved"] is None else f"{s['saved']:.0%}"
         missed = f"{s['missed']}/{s['lost']}"
+        finite = f"{s['missed_diverged']}/{s['diverged']}"
         false = f"{s['false']}/{s['healthy']}"
         lines.append(
-            f"{s['rule']:26}{missed:>8}{s['early']:>6}{false:>7}"
-            f"{s['bound']:>8.1%}{''.join(cells)}{saved:>6}"
+            f"{s['rule']:26}{missed:>8}{finite:>7}{s['early']:>6}"
+            f"{false:>7}{s['bound']:>8.1%}{''.join(cells)}{saved:>6}"
         )
     return "\n".join(lines)
 
@@ -429,8 +346,9 @@ def main(arguments=None):
     steps = sum(row["steps"] for row in healthy)
     result = {
         "schema": 1,
-        "labels": dict(collections.Counter(row["label"] for row in rows)),
-        "kinds": dict(collections.Counter(row["kind"] for row in rows)),
+        "labels": count(rows, "label"),
+        "kinds": count(rows, "kind"),
+        "devices": count(rows, "device"),
         "healthy_steps": steps,
         "spikes_in_healthy_runs": sum(row["spikes"] for row in healthy),
         "table": scores,

@@ -3,6 +3,9 @@
 import importlib.util
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import keras
@@ -21,7 +24,9 @@ def load(name):
     return module
 
 
+sys.path.append(str(RECIPES))  # What `python recipes/...` has by itself.
 detection, detection_runs = load("detection"), load("detection_runs")
+rules, models = load("detection_rules"), load("detection_models")
 NOISE = np.random.default_rng(0).normal(0, 0.02, 2000)
 
 
@@ -61,7 +66,7 @@ def lost(onset=400, steps=700):
 
 
 def test_terminate_on_nan_sees_the_first_nan():
-    rule = detection.terminate_on_nan
+    rule = rules.terminate_on_nan
     assert rule(flat(300)) is None
     assert rule(flat(300, at=(120, [math.nan]))) == 120
     assert rule(flat(300, at=(120, [math.inf]))) == 120
@@ -70,7 +75,7 @@ def test_terminate_on_nan_sees_the_first_nan():
 
 
 def test_kill_loss_spike_needs_five_in_a_row_of_twice_the_mean():
-    rule = detection.kill_loss_spike
+    rule = rules.kill_loss_spike
     assert rule(flat(300, at=(150, [6.0, 6.1, 6.2, 6.3]))) is None
     assert rule(flat(300, at=(150, [6.0, 6.1, 6.2, 6.3, 6.5]))) == 154
     assert rule(flat(300, at=(150, [6.5, 6.5, 3.0, 6.5, 6.5, 6.5]))) is None
@@ -82,7 +87,7 @@ def test_kill_loss_spike_needs_five_in_a_row_of_twice_the_mean():
 
 
 def test_kill_loss_spike_caps_at_the_first_windows_maximum():
-    rule = detection.kill_loss_spike
+    rule = rules.kill_loss_spike
     # 3.0 is not above the cap of 3.0; the 50th that is 4 completes a half.
     assert rule(flat(400, at=(250, [4.0] * 150))) == 300
     # Not before two windows are over.
@@ -90,7 +95,7 @@ def test_kill_loss_spike_caps_at_the_first_windows_maximum():
 
 
 def test_spike_detection_needs_three_times_the_last_ten():
-    rule = detection.spike_detection
+    rule = rules.spike_detection
     assert rule(flat(100, at=(50, [8.9]))) is None
     assert rule(flat(100, at=(50, [9.0]))) == 50
     assert rule(flat(100, at=(50, [5.0] * 9 + [13.0]))) is None
@@ -101,7 +106,7 @@ def test_spike_detection_needs_three_times_the_last_ten():
 
 
 def test_megatron_needs_ten_times_the_first_hundred():
-    rule = detection.megatron
+    rule = rules.megatron
     assert rule(flat(300, at=(101, [29.9]))) is None
     assert rule(flat(300, at=(101, [30.0]))) == 101
     assert rule(flat(300, at=(100, [500.0, 500.0]))) is None
@@ -109,7 +114,7 @@ def test_megatron_needs_ten_times_the_first_hundred():
 
 
 def test_olmo_core_is_six_deviations_above_the_mean():
-    rule, wave = detection.olmo_core, np.tile([2.0, 4.0], 150)
+    rule, wave = rules.olmo_core, np.tile([2.0, 4.0], 150)
     # Mean 3, std 1 (barely more, as n - 1 divides).
     assert rule(series(wave)) is None
     loss = wave.copy()
@@ -190,7 +195,7 @@ def logs():
             "warmup": 0,
             "chance": 3.0,
             "config": {},
-            "made": {},
+            "made": {"device": "cpu x 1"},
             "series": {
                 key: values.astype("float32")
                 for key, values in series(loss).items()
@@ -218,9 +223,9 @@ def test_the_table_of_known_runs(tmp_path, capsys):
     assert (ours["missed"], ours["lost"]) == (0, 2)
     assert (ours["false"], ours["healthy"]) == (0, 3)
     assert ours["bound"] == pytest.approx(1 - 0.05 ** (1 / 3))
-    # The jump is above regret 1 no later than 10 + 20 steps after; NaN at once.
+    # The jump is above regret 1 no later than 10 + 50 steps after; NaN at once.
     fired = {row["name"]: row["fired"] for row in result["runs"]}
-    assert 400 <= fired["jump"]["ours: halt"] <= 430
+    assert 400 <= fired["jump"]["ours: halt"] <= 460
     assert fired["nan"]["ours: halt"] == 600
     nan = scores["Keras TerminateOnNaN"]
     assert (nan["missed"], nan["delay_median"], nan["lead_median"]) == (1, 0, 0)
@@ -231,6 +236,7 @@ def test_the_table_of_known_runs(tmp_path, capsys):
     assert scores["OLMo-core 6 sigma (skips)"]["false"] == 1
     printed = capsys.readouterr().out
     assert "6 runs of 1 kinds" in printed
+    assert result["devices"] == {"cpu x 1": 6}
     assert "chance (unlearned, 700 steps)" in printed
 
 
@@ -265,11 +271,11 @@ def test_the_planned_runs():
     assert len(lost) == len(set(lost)) >= 15
     assert len(runs) == 2 * (len(names) + len(lost))
     kinds = {run["kind"] for run in runs.values()}
-    assert kinds == set(detection_runs.KINDS) and len(kinds) >= 4
+    assert kinds == set(models.KINDS) and len(kinds) >= 4
     for run in runs.values():
         assert set(detection_runs.DEFAULTS) < set(run)
-        assert run["targets"] in detection_runs.TARGETS
-        changes = (None, "resume", *detection_runs.CHANGES)
+        assert run["targets"] in models.TARGETS
+        changes = (None, "resume", *models.CHANGES)
         assert run["change"] in changes
         ks.get_variant(run["variant"])
         detection_runs.schedule_of(run, keras, ks)
@@ -281,7 +287,8 @@ def test_a_run_from_end_to_end(tmp_path, capsys):
     run = detection_runs.planned(scale="tiny")[name]
     detection_runs.train(name, run, tmp_path)
     (log,) = detection.read(tmp_path)
-    assert log["name"] == name
+    assert log["name"] == f"{name}-tiny"
+    assert log["made"]["backend"] == "jax" and log["made"]["command"]
     assert log["kind"] == "mlp" and log["chance"] == 1.0
     (row,) = detection.replay([log])
     assert row["label"] == "nonfinite"
@@ -299,3 +306,13 @@ def test_a_run_is_a_process_and_failures_are_told(tmp_path, capsys):
     assert "lost-mlp-nan-weight: failed: " in printed
     assert "1 failed, 0 were not finished" in printed
     assert not list(tmp_path.glob("*/run.json"))
+
+
+def test_it_needs_no_backend_chosen(tmp_path):
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    environment.pop("KERAS_BACKEND", None)
+    detection.pack(tmp_path / "logs.npz", logs())
+    script, out = RECIPES / "detection.py", tmp_path / "detection.json"
+    words = [script, tmp_path / "logs.npz", "--out", out]
+    subprocess.run([sys.executable, *words], env=environment, check=True)
+    assert json.loads(out.read_text())["kinds"] == {"lm": 6}
