@@ -137,10 +137,10 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._saved = -math.inf
         # Full tables until one step; no more for a warning until another.
         self._alert = self._calm = 0
+        self._lag = 0  # Of the optimizer's count: what loss scaling skipped.
         self._plain, self._lock = {}, threading.Lock()
         self._selection = Selection()
         self.step, self.last, self.events = 0, {}, []
-        self._lag = 0  # Of the optimizer's count: what loss scaling skipped.
         self.worst = Verdict.OK
 
     @property
@@ -155,9 +155,8 @@ class StabilityMonitor(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         model = self.model
-        for monitor in (self, vars(model).get(AT_WORK)):
-            if monitor is not None and monitor._places is not None:
-                # What an interrupted `fit` has left.
+        for monitor in (self, vars(model).get(AT_WORK, self)):
+            if monitor._places is not None:  # Left by an interrupted `fit`.
                 with contextlib.suppress(TrainingHalted, ValueError):
                     monitor._take(keep=0)
                 monitor._end()
@@ -205,8 +204,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         with self._ending_on_error():
             self._take(keep=0)
             self._begun = self.step  # The last execution may be a part.
-            count = internals.batches_seen(self.model.optimizer)
-            self._lag = self.step - count
+            self._lag = self.step - internals.batches_seen(self.model.optimizer)
             if logs is not None:
                 logs.update(self._epoch_logs())
             if time.monotonic() - self._saved > SAVE_SECONDS:
@@ -332,7 +330,9 @@ class StabilityMonitor(keras.callbacks.Callback):
         for batch in sorted(plain):
             logs = plain[batch]
             before, mean = self._last_mean
-            count, loss = batch + 1, float(logs["loss"])
+            # The last of several in one execution may not be there.
+            count = min(batch + 1, self.params.get("steps") or math.inf)
+            loss = float(logs["loss"])
             self._last_mean = (count, loss)
             if "batch_loss" in logs:
                 loss = float(logs["batch_loss"])

@@ -7,6 +7,7 @@ they find leaves the compiled step in its logs, as one vector (`packing`).
 
 import collections
 import functools
+import weakref
 from typing import Any
 from typing import NamedTuple
 
@@ -20,6 +21,11 @@ from keras_stable import updates
 from keras_stable.backend import internals
 
 KEY = "keras_stable_telemetry"
+
+
+# The last `Watch` of a model, by the model's id. A model keeps its watch alive
+# and not this.
+_watched = weakref.WeakValueDictionary()
 
 
 class Carried(NamedTuple):
@@ -49,7 +55,8 @@ def watch(model, include=None, exclude=None, inputs=False):
         inputs: bool. Whether the inputs of these layers are measured too.
 
     Returns:
-        A `Watch`. It is a context manager; `remove()` ends it as well.
+        A `Watch`. It is a context manager; `remove()` ends it as well, and so
+        does watching the model anew.
 
     Raises:
         ValueError: if the model is not built or compiled, or an expression is
@@ -64,7 +71,11 @@ def watch(model, include=None, exclude=None, inputs=False):
     >>> telemetry.read()[-1].tensors.shape
     (1, 6)
     """
-    return Watch(model, include, exclude, inputs)
+    before = _watched.get(id(model))
+    if before is not None:
+        before.remove()
+    _watched[id(model)] = new = Watch(model, include, exclude, inputs)
+    return new
 
 
 class Watch:
@@ -185,11 +196,12 @@ class Watch:
 
     def _summarize(self, recorder, loss):
         def reached(records):
-            return [r for r in records if reachable(r.value, loss)]
-
-        def reachable(value, loss):
-            value = value[0] if isinstance(value, tuple) else value
-            return backend.reachable(value, loss)
+            firsts = (keras.tree.flatten(r.value)[0] for r in records)
+            return [
+                record
+                for record, value in zip(records, firsts)
+                if backend.reachable(value, loss)
+            ]
 
         tensors, heads = reached(recorder.tensors), reached(recorder.heads)
         values, self.layout = packing.forward(

@@ -11,8 +11,8 @@ packed logs, and replays every curve through every rule.
         --pack recipes/results/detection_logs.npz
     python recipes/detection.py recipes/results/detection_logs.npz
 
-One CPU core, about a second a run of 1000 steps. Packs the logs (and no more),
-or writes detection.json: the table, and a row for each run.
+Packs the logs (and no more), or writes detection.json: the table, and a row
+for each run. On one CPU core that takes 12 seconds for the logs that are here.
 
 The truth comes from the whole curve, which no rule under test sees. c_t is
 the median of the finite losses among t-10 .. t+10, and m_t the least c so far.
@@ -29,6 +29,14 @@ the median of the finite losses among t-10 .. t+10, and m_t the least c so far.
 
 Degraded and unlearned runs are counted by themselves: to stop them is neither
 a success nor a false alarm. Skipped steps of loss scaling have no norms.
+
+Expected: of 100 runs ours stops none of 57 healthy ones (at most 5 % of such,
+with 95 % confidence) and 35 of 39 lost ones. Of the four that it lets go on,
+three are back at the loss of chance, which for bytes is less than half of what
+was gained, and end before the 500 steps of LEVEL_SHIFT; one had no more to
+lose. The rules that stop as many stop a quarter of the healthy ones too.
+The healthy language models and GPT-2s ran on one H200, all others on a CPU:
+of the lost ones 18 of full size, 15 `small`, 6 `tiny`.
 """
 
 import argparse
@@ -225,10 +233,10 @@ def replay(logs):
 def score(rows, rule):
     """One line of the table.
 
-    `delay` is from the onset to the rule, over the lost runs that it found;
-    `lead` is what it is earlier than `TerminateOnNaN`, or than the end of a
-    run that this never stops, over all lost runs; `saved` is the share of the
-    lost runs' steps after their onset. `early` ones fired before the onset.
+    `early` are lost runs that it stopped before their onset; `delay` is from
+    the onset to the rule, over those that it stopped later. `lead` is what it
+    is earlier than `TerminateOnNaN`, or than the end of a run that this never
+    stops, over all lost runs; `saved` the share of their steps after the onset.
     `diverged` are those of the lost that have no NaN for every rule to see.
     `bound` is the 95 % upper bound of the share of healthy runs stopped.
     """
@@ -238,6 +246,7 @@ def score(rows, rule):
     ends = [stop or row["steps"] for row, stop in zip(lost, stops)]
     nan = [r["fired"]["Keras TerminateOnNaN"] or r["steps"] for r in lost]
     delays = [s - r["onset"] for r, s in zip(lost, stops) if s is not None]
+    late = [delay for delay in delays if delay >= 0]
     saved = [r["steps"] - max(e, r["onset"]) for r, e in zip(lost, ends)]
     possible = sum(row["steps"] - row["onset"] for row in lost)
     false = sum(row["fired"][rule] is not None for row in healthy)
@@ -255,12 +264,12 @@ def score(rows, rule):
             row["label"] == "diverged" and row["fired"][rule] is None
             for row in lost
         ),
-        "early": sum(delay < 0 for delay in delays),
+        "early": len(delays) - len(late),
         "healthy": len(healthy),
         "false": false,
         "bound": upper_bound(false, len(healthy)),
-        "delay_median": quantile(delays, 0.5),
-        "delay_90": quantile(delays, 0.9),
+        "delay_median": quantile(late, 0.5),
+        "delay_90": quantile(late, 0.9),
         "lead_median": quantile([n - e for n, e in zip(nan, ends)], 0.5),
         "saved": sum(saved) / possible if possible else None,
         "fired_on_others": dict(others),

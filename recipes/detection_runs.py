@@ -9,13 +9,16 @@ mixed precision, tiny batches, resuming. The others are given too high a
 learning rate, a jump of it, a broken weight, float16 without loss scaling.
 Names say what was planned; what became of a run, its curve says.
 
-    python recipes/detection_runs.py --jobs 12 --seeds 2 --minutes 9
-    python recipes/detection_runs.py --backend torch --only "mlp|conv"
-    python recipes/detection_runs.py --scale tiny --out runs/tiny
+    python recipes/detection_runs.py --jobs 14
+    python recipes/detection_runs.py --only "mlp|conv|lstm"
+    python recipes/detection_runs.py --scale small --out runs/small
 
 Each run is a process of its own and leaves a run directory in `--out`; those
 that are there are not run again, so that the command continues where it
-stopped. Not measured yet: on one H100 and 16 cores, some 8 minutes.
+stopped. One H200 and 16 cores run 14 of the language models at a time in two
+and a half minutes. On one of two CPU cores a regression takes 10 to 50
+seconds, a classifier 35 to 160, an LSTM 160 to 190; of `small` ones (500
+steps, width 64) a GPT-2 takes 60 to 100, another language model 50 to 240.
 """
 
 import argparse

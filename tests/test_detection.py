@@ -249,6 +249,18 @@ def test_packed_logs_are_what_was_packed(tmp_path):
         assert was == now
 
 
+def test_the_logs_that_are_here_give_the_results_that_are_here():
+    results = RECIPES / "results"
+    logs = detection.read(results / "detection_logs.npz")
+    stored = json.loads((results / "detection.json").read_text())
+    assert [log["name"] for log in logs] == [r["name"] for r in stored["runs"]]
+    assert detection.replay(logs[::12]) == stored["runs"][::12]
+    ours = stored["table"][0]
+    assert ours["rule"] == "ours: halt" and ours["false"] == 0
+    assert ours["healthy"] >= 20 and ours["lost"] >= 10
+    assert len(stored["kinds"]) >= 4
+
+
 def test_the_bound_is_the_rule_of_three():
     assert detection.upper_bound(0, 60) == pytest.approx(0.0487, abs=1e-4)
     assert detection.upper_bound(1, 20) == pytest.approx(0.2161, abs=1e-4)

@@ -213,9 +213,7 @@ def test_bad_layers_do_not_blind_the_detectors():
 
 def test_skipped_updates_are_routine_until_they_are_hopeless():
     def skip(step, one):
-        one.scalars.update(
-            skipped=1.0, gradient_norm=math.inf, update_norm=0.0
-        )
+        one.scalars.update(skipped=1.0, gradient_norm=math.inf, update_norm=0.0)
 
     diagnosis = Diagnosis(LAYOUT)
     assert run(diagnosis, 100, full=False) == []

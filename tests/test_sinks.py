@@ -14,9 +14,7 @@ from keras_stable.sinks import MOST_SERIES
 from keras_stable.sinks import Selection
 from keras_stable.sinks import flatten
 
-LAYOUT = Layout(
-    tensors=["fc"], heads={"attention": 2}, variables=["fc/kernel"]
-)
+LAYOUT = Layout(tensors=["fc"], heads={"attention": 2}, variables=["fc/kernel"])
 
 
 def a_sample():

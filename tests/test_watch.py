@@ -544,6 +544,18 @@ def test_compiling_anew_goes_on_being_watched():
     assert not set(vars(model.optimizer)) & {"apply", "stateless_apply"}
 
 
+def test_watching_anew_ends_the_first():
+    model = dense("sgd")
+    first = ks.watch(model)
+    second = ks.watch(model, include="last")
+    model.train_on_batch(*pairs())
+    assert not first.read()
+    (sample,) = second.read()
+    assert len(sample.tensors) == 1
+    second.remove()
+    assert "call" not in vars(model.layers[-1])
+
+
 def test_an_error_in_the_step_ends_the_watch():
     def broken(x):
         raise RuntimeError("out of coffee")
