@@ -74,7 +74,8 @@ def before(optimizer, full, gradients, variables, read):
         "variables": [variables[i] for i in indices],
         "squares": squares,
         "updated": updated,
-        "scale": scale,
+        # A copy: torch updates the variable in place.
+        "scale": scale * 1.0,
     }
     kind, limit = internals.clipping(optimizer)
     if full or kind == "clipvalue":

@@ -76,7 +76,7 @@ def test_is_its_formula(softmax, segments, window, key_heads):
     for found in (measured, attend(*arrays, **arguments)):
         assert np.abs(ops.convert_to_numpy(found) - y).max() < 1e-5
     (record,) = recorder.heads
-    assert record.label == "exact"
+    assert record.note == "exact"
     found = ops.convert_to_numpy(record.value)[0]
     assert np.abs(found - largest).max() < 1e-5
 

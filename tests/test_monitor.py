@@ -613,11 +613,6 @@ def test_overflow_by_loss_scaling_is_routine(tmp_path):
     assert monitor.step == 32
 
 
-@pytest.mark.xfail(
-    BACKEND == "torch",
-    reason="`updates.before` keeps the variable, which the update changes",
-    strict=True,
-)
 def test_the_loss_scale_is_that_of_the_gradients(tmp_path):
     fit(scaled(2.0**22), monitor_of(tmp_path))
     health = ks.read_health(tmp_path)

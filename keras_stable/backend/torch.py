@@ -62,7 +62,7 @@ def fused(function):
     @functools.wraps(function)
     def call(*args):
         tensors = [x.detach() for x in args if isinstance(x, torch.Tensor)]
-        if not tensors[0].is_cuda:
+        if not any(x.is_cuda for x in tensors):
             return function(*args)
         key = (
             *((tuple(x.shape), x.stride(), x.dtype) for x in tensors),
