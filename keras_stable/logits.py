@@ -137,6 +137,7 @@ def of_kernel(full, q_BTNH, k_BSKH, mask, scale, is_causal, cap):
     Returns:
         `(value, note)`: float32 tensor (3, N) or (N,); "exact" or the sample.
     """
+    q_BTNH, k_BSKH = (ops.convert_to_tensor(x) for x in (q_BTNH, k_BSKH))
     note = sample(full, q_BTNH.shape[0], ops.shape(q_BTNH)[1])[-1]
     value = _of_kernel(full, q_BTNH, k_BSKH, mask, scale, is_causal, cap)
     return value, note
