@@ -25,7 +25,7 @@ class Budget:
 
     It measures in 4 rounds of 5 light and 5 full steps, after the first 10
     steps, in which both programs are compiled. What a light step costs more
-    than a plain one is not in it: `recipes/benchmark.py` measures that.
+    than a plain one is not in it: `recipes/overhead.py` measures that.
 
     Args:
         every: int, or `"auto"` for a choice.

@@ -296,7 +296,7 @@ def read_health(path):
             record = _from_json(json.loads(line))
             kind = record.pop("kind")
         except (ValueError, KeyError, AttributeError) as error:
-            # Cut off: at the end, or before another session went on.
+            # Cut off: at the end, or before a resumed run went on.
             torn = not line.endswith("\n") or line.startswith("{")
             if torn or not line.strip():
                 continue
