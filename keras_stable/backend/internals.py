@@ -9,6 +9,27 @@ import keras
 from keras import ops
 from keras.src import ops as source_ops
 
+# What each backend's module defines: all of them, and nothing else is exported.
+FUNCTIONS = [
+    "apart",
+    "carry",
+    "check_data_parallel",
+    "check_observable",
+    "device_name",
+    "each_step",
+    "finish_read",
+    "fused",
+    "gather",
+    "is_writer",
+    "mean_ratios",
+    "observe_updates",
+    "peak_memory",
+    "reachable",
+    "reduce_rows",
+    "square_sums",
+    "start_read",
+]
+
 # Every module through which models reach the fused attention.
 _ATTENTION_MODULES = (ops, ops.nn, source_ops, source_ops.nn)
 

@@ -5,27 +5,10 @@ import keras
 import numpy as np
 from jax import numpy as jnp
 
+from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
 
-__all__ = [
-    "apart",
-    "carry",
-    "check_data_parallel",
-    "check_observable",
-    "device_name",
-    "each_step",
-    "finish_read",
-    "fused",
-    "gather",
-    "is_writer",
-    "mean_ratios",
-    "observe_updates",
-    "peak_memory",
-    "reachable",
-    "reduce_rows",
-    "square_sums",
-    "start_read",
-]
+__all__ = FUNCTIONS
 
 
 def device_name():

@@ -3,27 +3,10 @@
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
+from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
 
-__all__ = [
-    "apart",
-    "carry",
-    "check_data_parallel",
-    "check_observable",
-    "device_name",
-    "each_step",
-    "finish_read",
-    "fused",
-    "gather",
-    "is_writer",
-    "mean_ratios",
-    "observe_updates",
-    "peak_memory",
-    "reachable",
-    "reduce_rows",
-    "square_sums",
-    "start_read",
-]
+__all__ = FUNCTIONS
 
 
 def device_name():
