@@ -1,6 +1,6 @@
 """What keras_stable touches of Keras's internals, in one place.
 
-Each function says what it relies on; `tests/test_backend.py` pins it.
+Each function says what it relies on; `tests/test_watch.py` pins it.
 """
 
 import contextlib
@@ -191,11 +191,6 @@ def clipping(optimizer):
         if getattr(inner, kind, None):
             return kind, float(getattr(inner, kind))
     return None, None
-
-
-def compute_dtype(layer):
-    """The dtype of what a layer puts out."""
-    return layer.compute_dtype or "float32"
 
 
 def escaping_remat(layer, escaping):
