@@ -3,14 +3,16 @@
 # Variants: methods as values.
 from keras_stable.choices import Architecture as Architecture
 from keras_stable.choices import Clip as Clip
+from keras_stable.choices import Entropy as Entropy
 from keras_stable.choices import Learned as Learned
 from keras_stable.choices import Placement as Placement
 from keras_stable.choices import QKVNorm as QKVNorm
 from keras_stable.choices import SigmaReparam as SigmaReparam
 from keras_stable.choices import Softmax as Softmax
 from keras_stable.choices import check_choice as check_choice
+from keras_stable.variants import PAPER as PAPER
 from keras_stable.variants import VARIANTS as VARIANTS
-from keras_stable.variants import Variant as Variant
+from keras_stable.variant import Variant as Variant
 from keras_stable.variants import get as get_variant
 
 # Layers.
@@ -45,14 +47,25 @@ from keras_stable.distribution import DISTRIBUTIONS as DISTRIBUTIONS
 from keras_stable.distribution import set_distribution as set_distribution
 
 # Data.
-from keras_stable.text import ByteTokenizer as ByteTokenizer
-from keras_stable.text import CharacterTokenizer as CharacterTokenizer
-from keras_stable.text import load_corpus as load_corpus
-from keras_stable.text import split as split
+from keras_stable.corpora import load_corpus as load_corpus
+from keras_stable.corpora import split as split
+from keras_stable.corpora import split_stream as split_stream
+from keras_stable.corpora import stream_corpus as stream_corpus
+from keras_stable.tokenizers import ByteTokenizer as ByteTokenizer
+from keras_stable.tokenizers import CharacterTokenizer as CharacterTokenizer
+from keras_stable.tokenizers import (
+    SentencePieceTokenizer as SentencePieceTokenizer,
+)
+from keras_stable.tokenizers import pack as pack
+from keras_stable.subwords import BPETokenizer as BPETokenizer
+from keras_stable.subwords import load_tokenizer as load_tokenizer
+from keras_stable.token_cache import TokenizedCorpus as TokenizedCorpus
+from keras_stable.token_cache import cache_directory as cache_directory
+from keras_stable.token_cache import tokenize_corpus as tokenize_corpus
 from keras_stable.data import TokenBatches as TokenBatches
 from keras_stable.data import bigram_entropy as bigram_entropy
-from keras_stable.data import pack as pack
 from keras_stable.data import unigram_entropy as unigram_entropy
+from keras_stable.mixture import MixedBatches as MixedBatches
 
 # Records of a run.
 from keras_stable.records import Health as Health

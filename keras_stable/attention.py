@@ -1,138 +1,22 @@
 """Causal self-attention, with every stability method that acts inside it.
 
 B batch, T query time, S key time, D model dimension, N query heads, K key and
-value heads, G = N / K queries a key, H head dimension.
+value heads, H head dimension.
 """
 
 import keras
 from keras import ops
 
-from keras_stable import backend
-from keras_stable import telemetry
 from keras_stable import variants
+from keras_stable.attend import attend
+from keras_stable.entropy import THETA_INIT
+from keras_stable.entropy import entropy_penalty
 from keras_stable.linear import advance
 from keras_stable.linear import apply_linear
 from keras_stable.linear import make_linear
 from keras_stable.norms import make_norm
 from keras_stable.positions import rotate
 from keras_stable.randomness import check_rate
-from keras_stable.randomness import dropout
-
-
-def soft_cap(x, cap):
-    """`cap * tanh(x / cap)`: the identity near zero, never beyond +-cap.
-
-    Source: Gemma 2 (arXiv 2408.00118). Not the argument
-    `attn_logits_soft_cap` of `ops.dot_product_attention`, which raises
-    off TPU and documents another formula.
-    """
-    return cap * ops.tanh(x / cap)
-
-
-def visible(length, segment_ids=None, sliding_window=None):
-    """Which keys each query sees: bool tensor (1 or B, T, S).
-
-    A token sees itself and earlier tokens of its own document, of those the
-    last `sliding_window`. Padding (segment 0) sees padding only, so that its
-    rows stay finite.
-    """
-    t, s = ops.arange(length)[:, None], ops.arange(length)[None, :]
-    mask = s <= t
-    if sliding_window is not None:
-        mask = ops.logical_and(mask, t - s < sliding_window)
-    mask = mask[None]
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask = ops.logical_and(mask, same)
-    return mask
-
-
-def attend(
-    q_BTNH,
-    k_BSKH,
-    v_BSKH,
-    *,
-    scale,
-    softmax=variants.Softmax(),
-    segment_ids=None,
-    sliding_window=None,
-    dropout_rate=0.0,
-    seed=None,
-):
-    """Attention from queries, keys and values, by the formula.
-
-    ```
-    z = temperature * scale * q k^T       float32
-    z = cap * tanh(z / cap)               if capped; before the mask
-    p = softmax(where(visible, z, -inf))  float32
-    p = clip((zeta - gamma) p + gamma, 0, 1)   if clipped
-    y = dropout(p) v
-    ```
-
-    Args:
-        q_BTNH, k_BSKH, v_BSKH: tensors, K divides N, T = S.
-        scale: float.
-        softmax: `Softmax`: temperature, cap, clip.
-        segment_ids: int tensor (B, T) or None: tokens see their own document.
-        sliding_window: int or None: how many keys a query sees at most.
-        dropout_rate, seed: dropout on probabilities, where `seed` is given.
-
-    Returns:
-        Tensor of the shape and dtype of `q_BTNH`.
-    """
-    scale = scale * softmax.temperature
-    length = ops.shape(q_BTNH)[1]
-    plain = softmax.cap is None and softmax.clip is None
-    plain = plain and softmax.logits_dtype == "float32"
-    # JAX's path has no float16 products with float32 sums on CPU, and GPUs
-    # that want float16 (T4) have no fused kernel in it.
-    plain = plain and keras.backend.standardize_dtype(q_BTNH.dtype) != "float16"
-    if plain and seed is None:
-        # Nothing changes logits or probabilities: the fused path will do.
-        if segment_ids is None and sliding_window is None:
-            where = {"is_causal": True}
-        else:
-            mask = visible(length, segment_ids, sliding_window)
-            where = {"mask": mask[:, None]}
-        if k_BSKH.shape[2] == 1:
-            # Keras on TensorFlow repeats two heads and more, but not one.
-            k_BSKH, v_BSKH = (
-                ops.repeat(x, q_BTNH.shape[2], axis=2)
-                for x in (k_BSKH, v_BSKH)
-            )
-        return ops.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, scale=scale, **where
-        )
-
-    B, T, N, H = ops.shape(q_BTNH)
-    K = k_BSKH.shape[2]
-    mask = visible(length, segment_ids, sliding_window)[:, None, None]
-    # Products of bfloat16 numbers are exact in float32; a bfloat16 logit near
-    # 300 would be off by one nat.
-    q_BTKGH = ops.reshape(q_BTNH, (B, T, K, N // K, H))
-    q_BTKGH, k_BSKH = (ops.cast(x, "float32") for x in (q_BTKGH, k_BSKH))
-
-    def product(q_BTKGH, k_BSKH):
-        return scale * ops.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
-
-    raw_BKGTS = product(q_BTKGH, k_BSKH)
-    if (recorder := telemetry.recorder()) is not None:
-        seen = backend.apart(raw_BKGTS, product, q_BTKGH, k_BSKH)
-        recorder.logits(seen, mask, softmax.cap)
-    z = ops.cast(ops.cast(raw_BKGTS, softmax.logits_dtype), "float32")
-    if softmax.cap is not None:
-        z = soft_cap(z, softmax.cap)
-    # Not -inf: its gradient through a fully masked row would be NaN.
-    p = ops.softmax(ops.where(mask, z, -1e30), axis=-1)
-    if softmax.clip is not None:
-        clip = softmax.clip
-        gamma = clip.gamma
-        if gamma is None:
-            gamma = -clip.alpha / ops.cast(length, "float32")
-        p = ops.clip((clip.zeta - gamma) * p + gamma, 0.0, 1.0)
-    p = ops.cast(dropout(p, dropout_rate, seed), v_BSKH.dtype)
-    y_BTKGH = ops.einsum("bkgts,bskh->btkgh", p, v_BSKH)
-    return ops.reshape(y_BTKGH, (B, T, N, H))
 
 
 @keras.saving.register_keras_serializable("keras_stable")
@@ -155,9 +39,8 @@ class CausalSelfAttention(keras.layers.Layer):
             multi-query. Defaults to `num_heads`.
         head_dim: int. H. Defaults to D / num_heads, which must be whole.
         variant: name, `Variant` or its dictionary. Defaults to `"baseline"`.
-        scale: float. Multiplies q.k. Defaults to 1/sqrt(head_dim).
-        sliding_window: int or None. Keys a query sees at most.
-        rope_wavelength: float. Defaults to 10000.
+            Where its layers differ, this is the first of them: see
+            `Variant.at`.
         dropout: float. On the attention probabilities.
         kernel_initializer, output_initializer: of query, key, value and of
             output. Default to normal(0.02).
@@ -169,9 +52,15 @@ class CausalSelfAttention(keras.layers.Layer):
             document. Tokens see only tokens of the same document.
         state: what `next_state(training)` returned; called here by default.
             Pass it when the call itself is rematerialised.
+        cache: keys and values (B, S, K, H) of a row so far, from
+            `make_cache(B, S)` on, for decoding. The call returns a tuple of
+            its output and of the cache with the call's tokens in it.
+        start: int scalar. With a cache, the position of the first token.
         training: bool.
-        return_stats: bool. Whether to return `(y, stats)`, statistics by
-            linear layer and `"max_logit"`.
+        return_penalty: bool. Whether to return a tuple of the output and the
+            weighted entropy penalty (where the variant has one; in training),
+            instead of passing the penalty to `add_loss`: not possible within
+            a rematerialised function.
 
     Example:
 
@@ -185,9 +74,6 @@ class CausalSelfAttention(keras.layers.Layer):
         num_key_value_heads=None,
         head_dim=None,
         variant="baseline",
-        scale=None,
-        sliding_window=None,
-        rope_wavelength=10000.0,
         dropout=0.0,
         kernel_initializer=None,
         output_initializer=None,
@@ -196,7 +82,7 @@ class CausalSelfAttention(keras.layers.Layer):
     ):
         # Keras would cast the float32 sigmas in `state` to the compute dtype.
         super().__init__(autocast=False, **kwargs)
-        self.variant = variants.get(variant)
+        self.variant = variants.get(variant).at(num_layers=1, layer=0)
         self.num_heads = num_heads
         self.num_key_value_heads = num_key_value_heads or num_heads
         if num_heads % self.num_key_value_heads:
@@ -205,15 +91,7 @@ class CausalSelfAttention(keras.layers.Layer):
                 f"Received: num_heads={num_heads}, "
                 f"num_key_value_heads={num_key_value_heads}"
             )
-        if sliding_window is not None and sliding_window < 1:
-            raise ValueError(
-                "`sliding_window` must be at least 1 (the token itself), or "
-                f"None. Received: sliding_window={sliding_window}"
-            )
         self.head_dim = head_dim
-        self.scale = scale
-        self.sliding_window = sliding_window
-        self.rope_wavelength = rope_wavelength
         self.dropout = check_rate(dropout)
         normal = keras.initializers.RandomNormal(stddev=0.02)
         self.kernel_initializer = keras.initializers.get(
@@ -237,8 +115,8 @@ class CausalSelfAttention(keras.layers.Layer):
                 f"dimensions, num_heads={self.num_heads}"
             )
         H = self._head_dim = self.head_dim or hidden_dim // self.num_heads
-        rotary = self.variant.architecture.position == "rope"
-        if rotary and H % 2:
+        architecture = self.variant.architecture
+        if architecture.position == "rope" and H % 2:
             raise ValueError(
                 "Rotary positions rotate pairs of channels: `head_dim` must "
                 f"be even. Received: head_dim={H}"
@@ -252,6 +130,15 @@ class CausalSelfAttention(keras.layers.Layer):
         self.query_norm = self._norm("query_norm", norm.qk, N * H)
         self.key_norm = self._norm("key_norm", norm.qk, K * H)
         self.value_norm = self._norm("value_norm", norm.v, K * H)
+        self.scale = architecture.query_scale or H**-0.5
+        entropy, self.entropy_theta = self.variant.softmax.entropy, None
+        if entropy is not None and entropy.tolerance is not None:
+            self.entropy_theta = self.add_weight(
+                name="entropy_theta",
+                shape=(N,),
+                initializer=keras.initializers.Constant(THETA_INIT),
+                autocast=False,
+            )
 
     def _linear(self, name, units, input_shape):
         initializer = (
@@ -290,51 +177,95 @@ class CausalSelfAttention(keras.layers.Layer):
             state["seed"] = self.seed_generator.next()
         return state
 
-    def _heads(self, x, norm, rotary=False):
-        """(B, T, heads * H) to (B, T, heads, H), normed and rotated."""
-        full = self.variant.qkv_norm.scope == "full"
-        before = self.variant.qkv_norm.order == "before_rope" or not rotary
+    def make_cache(self, batch_size, length):
+        """An empty cache: keys and values, zeros (B, length, K, H)."""
+        shape = (batch_size, length, self.num_key_value_heads, self._head_dim)
+        return ops.zeros(shape, self.compute_dtype), ops.zeros(
+            shape, self.compute_dtype
+        )
 
-        def split(x):
-            B, T, width = ops.shape(x)
-            shape = (B, T, width // self._head_dim, self._head_dim)
-            return ops.reshape(x, shape)
+    def _heads(self, x, norm, positions=None):
+        """(B, T, heads * H) to (B, T, heads, H), normed and rotated."""
+        B, T, width = ops.shape(x)
+        shape = (B, T, width // self._head_dim, self._head_dim)
+        how = self.variant.qkv_norm
 
         def normalize(x):
-            if norm is None:
-                return x
-            if not full:
-                return norm(x)
-            return ops.reshape(norm(ops.reshape(x, flat)), ops.shape(x))
+            if norm is None or how.scope == "head":
+                return x if norm is None else norm(x)
+            return ops.reshape(norm(ops.reshape(x, (B, T, width))), shape)
 
-        flat = ops.shape(x)
-        x = split(x)
-        if before:
+        x = ops.reshape(x, shape)
+        if positions is None:
+            return normalize(x)
+        if how.order == "before_rope":
             x = normalize(x)
-        if rotary:
-            x = rotate(x, ops.arange(flat[1]), self.rope_wavelength)
-        return x if before else normalize(x)
+        architecture = self.variant.architecture
+        wavelength = architecture.rope_wavelength
+        x = rotate(x, positions, wavelength, architecture.rope_factor)
+        return x if how.order == "before_rope" else normalize(x)
 
-    def call(self, x_BTD, segment_ids=None, state=None, training=None):
+    def call(
+        self,
+        x_BTD,
+        segment_ids=None,
+        state=None,
+        cache=None,
+        start=None,
+        training=None,
+        return_penalty=False,
+    ):
         x_BTD = ops.cast(x_BTD, self.compute_dtype)
         state = self.next_state(training) if state is None else state
         query = apply_linear(self.query, x_BTD, state)
         key = apply_linear(self.key, x_BTD, state)
         value = apply_linear(self.value, x_BTD, state)
+
+        positions = ops.arange(ops.shape(x_BTD)[1])
+        if cache is not None:
+            positions = positions + start
         rotary = self.variant.architecture.position == "rope"
+        rotary = positions if rotary else None
+        q_BTNH = self._heads(query, self.query_norm, rotary)
+        k_BSKH = self._heads(key, self.key_norm, rotary)
+        v_BSKH = self._heads(value, self.value_norm)
+        if cache is not None:
+            cache = k_BSKH, v_BSKH = tuple(
+                ops.slice_update(old, (0, start, 0, 0), new)
+                for old, new in zip(cache, (k_BSKH, v_BSKH))
+            )
+        penalize = self._penalize(segment_ids) if training else None
         y_BTNH = attend(
-            self._heads(query, self.query_norm, rotary),
-            self._heads(key, self.key_norm, rotary),
-            self._heads(value, self.value_norm),
-            scale=self._head_dim**-0.5 if self.scale is None else self.scale,
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            scale=self.scale,
             softmax=self.variant.softmax,
+            positions=None if cache is None else positions,
             segment_ids=segment_ids,
-            sliding_window=self.sliding_window,
+            sliding_window=self.variant.architecture.sliding_window,
+            penalize=penalize,
             dropout_rate=self.dropout,
             seed=state.get("seed"),
         )
+        penalty = None
+        if penalize is not None:
+            y_BTNH, penalty = y_BTNH
+            if not return_penalty:
+                self.add_loss(penalty)
         y_BTE = ops.reshape(y_BTNH, ops.shape(query))
-        return apply_linear(self.output_dense, y_BTE, state)
+        y_BTD = apply_linear(self.output_dense, y_BTE, state)
+        if cache is not None:
+            return y_BTD, cache
+        return (y_BTD, penalty) if return_penalty else y_BTD
+
+    def _penalize(self, segment_ids):
+        """The variant's entropy penalty as a function of logits, or None."""
+        if (entropy := self.variant.softmax.entropy) is None:
+            return None
+        return lambda z, mask: entropy.weight * entropy_penalty(
+            z, mask, entropy, theta=self.entropy_theta, segment_ids=segment_ids
+        )
 
     def get_config(self):
         return {
@@ -343,9 +274,6 @@ class CausalSelfAttention(keras.layers.Layer):
             "num_key_value_heads": self.num_key_value_heads,
             "head_dim": self.head_dim,
             "variant": self.variant.to_dict(),
-            "scale": self.scale,
-            "sliding_window": self.sliding_window,
-            "rope_wavelength": self.rope_wavelength,
             "dropout": self.dropout,
             "kernel_initializer": keras.initializers.serialize(
                 self.kernel_initializer

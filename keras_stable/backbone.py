@@ -10,8 +10,10 @@ import numpy as np
 from keras_stable import variants
 from keras_stable.block import TransformerBlock
 from keras_stable.choices import check_choice
+from keras_stable.distribution import get_layout_map
 from keras_stable.norms import make_norm
 from keras_stable.positions import PositionEmbedding
+from keras_stable.presets import Presets
 
 # Standard deviation of the linear layers that write to the residual stream,
 # against 0.02 for everything else. "scaled" keeps the stream's variance
@@ -57,7 +59,7 @@ def complete(inputs):
 
 
 @keras.saving.register_keras_serializable("keras_stable")
-class StableBackbone(keras_hub.models.Backbone):
+class StableBackbone(Presets, keras_hub.models.Backbone):
     """A decoder transformer, from token ids to final hidden states.
 
     ```
@@ -80,11 +82,7 @@ class StableBackbone(keras_hub.models.Backbone):
         variant: name, `Variant` or its dictionary. Defaults to `"baseline"`.
         max_sequence_length: int. Rows of learned positions; rotary ones have
             no limit. Defaults to 2048.
-        tie_embeddings: bool. Whether the head is the transposed embedding.
-            Defaults to False.
         dropout: float. On embeddings, probabilities and branches.
-        sliding_window: int or None. Keys a query sees at most.
-        rope_wavelength: float. Defaults to 10000.
         initializer: `"scaled"` (normal 0.02; linear layers that write to the
             residual stream 0.02 / sqrt(2 num_layers)) or `"plain"` (0.02).
         remat: bool. Whether blocks are recomputed in the backward pass.
@@ -106,6 +104,8 @@ class StableBackbone(keras_hub.models.Backbone):
     >>> h = backbone({"token_ids": np.ones((2, 8), "int32")})
     """
 
+    get_layout_map = staticmethod(get_layout_map)
+
     def __init__(
         self,
         vocabulary_size,
@@ -117,10 +117,7 @@ class StableBackbone(keras_hub.models.Backbone):
         head_dim=None,
         variant="baseline",
         max_sequence_length=2048,
-        tie_embeddings=False,
         dropout=0.0,
-        sliding_window=None,
-        rope_wavelength=10000.0,
         initializer="scaled",
         remat=False,
         seed=None,
@@ -147,10 +144,7 @@ class StableBackbone(keras_hub.models.Backbone):
                 )
         config |= {
             "variant": variant.to_dict(),
-            "tie_embeddings": tie_embeddings,
             "dropout": dropout,
-            "sliding_window": sliding_window,
-            "rope_wavelength": rope_wavelength,
             "initializer": initializer,
             "remat": remat,
             "seed": seed,
@@ -161,10 +155,11 @@ class StableBackbone(keras_hub.models.Backbone):
         output_normal = keras.initializers.RandomNormal(
             stddev=INITIALIZERS[initializer](num_layers)
         )
-        token_embedding = keras.layers.ReversibleEmbedding(
+        # KerasHub's names, which its quantisation and LoRA look for.
+        self.token_embedding = keras.layers.ReversibleEmbedding(
             vocabulary_size,
             hidden_dim,
-            tie_weights=tie_embeddings,
+            tie_weights=architecture.tie_embeddings,
             embeddings_initializer=normal.clone(),
             # bfloat16 logits have a resolution of 0.06 at 10.
             reverse_dtype="float32",
@@ -172,15 +167,31 @@ class StableBackbone(keras_hub.models.Backbone):
             dtype=dtype,
             name="token_embedding",
         )
-        transformer_layers = [
+        self.embedding_scale = self.position_embedding = None
+        self.embedding_dropout = None
+        if architecture.scale_embeddings:
+            # A layer: Keras takes a product with a number for a sparse one.
+            self.embedding_scale = keras.layers.Rescaling(
+                hidden_dim**0.5, dtype=dtype, name="embedding_scale"
+            )
+        if architecture.position == "learned":
+            self.position_embedding = PositionEmbedding(
+                max_sequence_length,
+                embeddings_initializer=normal.clone(),
+                dtype=dtype,
+                name="position_embedding",
+            )
+        if dropout:
+            self.embedding_dropout = keras.layers.Dropout(
+                dropout, seed=seed, dtype=dtype, name="embedding_dropout"
+            )
+        self.transformer_layers = [
             TransformerBlock(
                 num_heads,
                 config["intermediate_dim"],
                 num_key_value_heads=num_key_value_heads,
                 head_dim=head_dim,
-                variant=variant.at(num_layers),
-                sliding_window=sliding_window,
-                rope_wavelength=rope_wavelength,
+                variant=variant.at(num_layers, layer=i),
                 dropout=dropout,
                 remat=remat,
                 kernel_initializer=normal.clone(),
@@ -191,53 +202,95 @@ class StableBackbone(keras_hub.models.Backbone):
             )
             for i in range(num_layers)
         ]
-        final_norm = make_norm(
+        self.final_norm = make_norm(
             variant.final_norm,
             epsilon=architecture.epsilon,
             name="final_norm",
             dtype=dtype,
         )
+        self.variant = variant
+        self._config = config
 
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")
         padding_mask = keras.Input(
             (None,), dtype="int32", name="padding_mask", optional=True
         )
-        x_BTD = token_embedding(token_ids)
-        if architecture.scale_embeddings:
-            x_BTD = x_BTD * hidden_dim**0.5
-        if architecture.position == "learned":
-            x_BTD = PositionEmbedding(
-                max_sequence_length,
-                embeddings_initializer=normal.clone(),
-                dtype=dtype,
-                name="position_embedding",
-            )(x_BTD, segment_ids=padding_mask)
-        if dropout:
-            x_BTD = keras.layers.Dropout(
-                dropout, seed=seed, dtype=dtype, name="embedding_dropout"
-            )(x_BTD)
-        for layer in transformer_layers:
+        x_BTD = self.embed(token_ids, segment_ids=padding_mask)
+        for layer in self.transformer_layers:
             x_BTD = layer(x_BTD, segment_ids=padding_mask)
-        if final_norm is not None:
-            x_BTD = final_norm(x_BTD)
+        if self.final_norm is not None:
+            x_BTD = self.final_norm(x_BTD)
         super().__init__(
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},
             outputs=x_BTD,
             dtype=dtype,
             **kwargs,
         )
-        # KerasHub's names, which its quantisation and LoRA look for.
-        self.token_embedding = token_embedding
-        self.transformer_layers = transformer_layers
-        self.variant = variant
-        self._config = config
+
+    def embed(self, token_ids, **where):
+        """What enters the first block, (B, T, D).
+
+        Args:
+            token_ids: int tensor (B, T).
+            **where: `segment_ids` or `start` of `PositionEmbedding`.
+        """
+        x_BTD = self.token_embedding(token_ids)
+        if self.embedding_scale is not None:
+            x_BTD = self.embedding_scale(x_BTD)
+        if self.position_embedding is not None:
+            x_BTD = self.position_embedding(x_BTD, **where)
+        if self.embedding_dropout is not None:
+            x_BTD = self.embedding_dropout(x_BTD)
+        return x_BTD
+
+    def make_cache(self, batch_size, length):
+        """An empty cache for `decode`: a pair (keys, values) for each block.
+
+        Args:
+            batch_size: int. B.
+            length: int. S, the most tokens that a row will have.
+        """
+        return [
+            layer.attention.make_cache(batch_size, length)
+            for layer in self.transformer_layers
+        ]
+
+    def decode(self, token_ids, cache, start):
+        """Hidden states of the next tokens of rows whose past is in a cache.
+
+        Equal to those of the whole rows, at a cost that grows with T instead
+        of with all tokens so far.
+
+        Args:
+            token_ids: int tensor (B, T), of positions `start` to `start + T`.
+            cache: from `make_cache` or from the last call.
+            start: int scalar. How many tokens came before.
+
+        Returns:
+            Tuple of hidden states (B, T, D) and the cache with these tokens.
+
+        Example:
+
+        >>> backbone = StableBackbone(256, 2, 4, 64)
+        >>> cache = backbone.make_cache(1, length=8)
+        >>> h, cache = backbone.decode(np.ones((1, 3), "int32"), cache, 0)
+        >>> h, cache = backbone.decode(np.ones((1, 1), "int32"), cache, 3)
+        """
+        x_BTD = self.embed(token_ids, start=start)
+        new = []
+        for layer, old in zip(self.transformer_layers, cache):
+            x_BTD, pair = layer(x_BTD, cache=old, start=start)
+            new.append(pair)
+        if self.final_norm is not None:
+            x_BTD = self.final_norm(x_BTD)
+        return x_BTD, new
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(complete(inputs), *args, **kwargs)
 
-    def call(self, inputs, *args, **kwargs):
+    def call(self, inputs, training=None, **kwargs):
         # Compiled steps come here directly, not through `__call__`.
-        return super().call(complete(inputs), *args, **kwargs)
+        return super().call(complete(inputs), training=training, **kwargs)
 
     def get_config(self):
         return {**super().get_config(), **self._config}

@@ -9,6 +9,7 @@ from keras import ops
 from keras_stable import telemetry
 from keras_stable import variants
 from keras_stable.attention import CausalSelfAttention
+from keras_stable.choices import Learned
 from keras_stable.mlp import MLP
 from keras_stable.norms import make_norm
 from keras_stable.randomness import check_rate
@@ -55,7 +56,7 @@ class Residual(keras.layers.Layer):
                 norm.build(x_BTD_shape)
             setattr(self, f"{name}_norm", norm)
         self.gain = self.placement.gain
-        if isinstance(self.gain, variants.Learned):
+        if isinstance(self.gain, Learned):
             self.gain = self.add_weight(
                 name="gain",
                 shape=(x_BTD_shape[-1],),
@@ -102,10 +103,10 @@ class TransformerBlock(keras.layers.Layer):
     Args:
         num_heads: int.
         intermediate_dim: int. Defaults to 4 D.
-        num_key_value_heads, head_dim, scale, sliding_window, rope_wavelength:
-            of `CausalSelfAttention`.
+        num_key_value_heads, head_dim: of `CausalSelfAttention`.
         variant: name, `Variant` or its dictionary. Defaults to `"baseline"`.
-            Depth formulas must have been resolved: `variant.at(num_layers)`.
+            For one of several layers give `variant.at(num_layers, layer)`,
+            which resolves what depends on them; this is the only one.
         dropout: float. On attention probabilities and on both branches.
         remat: bool. Whether the backward pass recomputes the block instead of
             keeping its activations.
@@ -119,6 +120,8 @@ class TransformerBlock(keras.layers.Layer):
             document. Tokens see only tokens of the same document.
         state: what `next_state(training)` returned; called here by default.
             Pass it when the call itself is rematerialised.
+        cache, start: of `CausalSelfAttention`. With a cache the call returns
+            a tuple of its output and of the next cache.
         training: bool.
 
     Example:
@@ -134,9 +137,6 @@ class TransformerBlock(keras.layers.Layer):
         num_key_value_heads=None,
         head_dim=None,
         variant="baseline",
-        scale=None,
-        sliding_window=None,
-        rope_wavelength=10000.0,
         dropout=0.0,
         remat=False,
         kernel_initializer=None,
@@ -146,7 +146,7 @@ class TransformerBlock(keras.layers.Layer):
     ):
         # Keras would cast the float32 sigmas in `state` to the compute dtype.
         super().__init__(autocast=False, **kwargs)
-        self.variant = variants.get(variant)
+        self.variant = variants.get(variant).at(num_layers=1, layer=0)
         self.remat = remat
         self.dropout = check_rate(dropout)
         shared = {
@@ -159,9 +159,6 @@ class TransformerBlock(keras.layers.Layer):
             num_heads,
             num_key_value_heads=num_key_value_heads,
             head_dim=head_dim,
-            scale=scale,
-            sliding_window=sliding_window,
-            rope_wavelength=rope_wavelength,
             dropout=dropout,
             seed=seed,
             name="attention",
@@ -200,33 +197,58 @@ class TransformerBlock(keras.layers.Layer):
             state["seeds"] = [generator.next() for _ in range(2)]
         return state
 
-    def call(self, x_BTD, segment_ids=None, state=None, training=None):
+    def call(
+        self,
+        x_BTD,
+        segment_ids=None,
+        state=None,
+        cache=None,
+        start=None,
+        training=None,
+    ):
         x_BTD = ops.cast(x_BTD, self.compute_dtype)
         state = self.next_state(training) if state is None else state
+        penalized = training and self.variant.softmax.entropy is not None
 
         def compute(x_BTD, state):
             seeds = state.get("seeds", (None, None))
-            x_BTD = self.attention_residual(
-                x_BTD,
-                branch=lambda x: self.attention(
-                    x,
+            beside = None
+
+            def attention(x_BTD):
+                # The next cache and the penalty must leave as outputs.
+                nonlocal beside
+                y = self.attention(
+                    x_BTD,
                     segment_ids=segment_ids,
                     state=state["attention"],
+                    cache=cache,
+                    start=start,
                     training=training,
-                ),
-                seed=seeds[0],
+                    return_penalty=penalized,
+                )
+                if cache is not None or penalized:
+                    y, beside = y
+                return y
+
+            x_BTD = self.attention_residual(
+                x_BTD, branch=attention, seed=seeds[0]
             )
-            return self.mlp_residual(
+            x_BTD = self.mlp_residual(
                 x_BTD,
                 branch=lambda x: self.mlp(
                     x, state=state["mlp"], training=training
                 ),
                 seed=seeds[1],
             )
+            return x_BTD if beside is None else (x_BTD, beside)
 
         if self.remat and training:
             compute = telemetry.remat(compute)
-        return compute(x_BTD, state)
+        if not penalized:
+            return compute(x_BTD, state)
+        x_BTD, penalty = compute(x_BTD, state)
+        self.add_loss(penalty)
+        return x_BTD
 
     def get_config(self):
         inherited = self.attention.get_config()
@@ -234,9 +256,6 @@ class TransformerBlock(keras.layers.Layer):
             "num_heads",
             "num_key_value_heads",
             "head_dim",
-            "scale",
-            "sliding_window",
-            "rope_wavelength",
             "kernel_initializer",
             "output_initializer",
             "seed",

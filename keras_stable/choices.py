@@ -1,9 +1,9 @@
 """The choices that a `Variant` is made of, each a small frozen value.
 
 Around a residual branch: `Placement`. Between the attention projections and
-the softmax: `QKVNorm`, `Softmax`, `Clip`. How a kernel is parametrised:
-`SigmaReparam`. What the block is made of otherwise: `Architecture`. All of
-them check their values when they are made. Standard library only.
+the softmax: `QKVNorm`, `Softmax`, `Clip`, `Entropy`. How a kernel is
+parametrised: `SigmaReparam`. What the model is made of otherwise:
+`Architecture`. All check their values when made. Standard library only.
 """
 
 import dataclasses
@@ -195,6 +195,44 @@ class Clip:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entropy:
+    """A penalty on the entropy of attention, in training only.
+
+    With n visible keys and H = -sum_j p_j log p_j of a query, a mean over
+    queries, heads and layers, times `weight`:
+
+    ```
+    relu(floor * log n - H)^2                               given `floor`
+    d^2 where |d| > tolerance * log n, d = H - theta log n  given `tolerance`
+    ```
+
+    The first works against collapse only. The second is published (arXiv
+    2501.03489): theta is learned, one number per head. There the sum over
+    sequences and queries is taken, and log T for log n.
+    """
+
+    weight: float
+    floor: float | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self):
+        if (self.floor is None) == (self.tolerance is None):
+            raise ValueError(
+                "Entropy takes either `floor` or `tolerance`. Received: "
+                f"floor={self.floor!r}, tolerance={self.tolerance!r}"
+            )
+        for field in ("weight", "floor", "tolerance"):
+            if getattr(self, field) is not None:
+                check_number(getattr(self, field), f"`{field}`", low=0)
+        for field in ("floor", "tolerance"):
+            if (getattr(self, field) or 0) > 1:
+                raise ValueError(
+                    f"`{field}` is a part of the largest entropy, log n, at "
+                    f"most 1. Received: {getattr(self, field)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Softmax:
     """From scaled logits `z = scale * q.k` to attention probabilities.
 
@@ -202,12 +240,14 @@ class Softmax:
         temperature: number that *multiplies* z. Defaults to 1.
         cap: `z <- cap * tanh(z / cap)`, before the mask. Defaults to `None`.
         clip: `Clip`, after the softmax. Defaults to `None`.
+        entropy: `Entropy`, a penalty. Defaults to `None`.
         logits_dtype: `"float32"`, or `"bfloat16"` to round z (an ablation).
     """
 
     temperature: float = 1.0
     cap: float | None = None
     clip: Clip | None = None
+    entropy: Entropy | None = None
     logits_dtype: str = "float32"
 
     def __post_init__(self):
@@ -222,6 +262,19 @@ class Softmax:
                 "`clip` must be a `Clip` or None, e.g. Clip(zeta=1.03, "
                 f"gamma=-0.03). Received: {self.clip!r}"
             )
+        if not isinstance(self.entropy, (Entropy, type(None))):
+            raise TypeError(
+                "`entropy` must be an `Entropy` or None, e.g. "
+                f"Entropy(weight=1e-2, floor=0.1). Received: {self.entropy!r}"
+            )
+
+    def at(self, num_layers):
+        """This softmax with the penalty's mean over layers in its weight."""
+        if self.entropy is None:
+            return self
+        weight = self.entropy.weight / num_layers
+        entropy = dataclasses.replace(self.entropy, weight=weight)
+        return dataclasses.replace(self, entropy=entropy)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,31 +300,82 @@ class SigmaReparam:
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the block is made of, where stability methods leave it open.
+    """What the model is made of, where stability methods leave it open.
+
+    A tuple for `sliding_window`, `rope_wavelength` or `rope_factor` is cycled
+    over the layers: `(4096, None)` is a window of 4096 keys in the first, the
+    third, ... layer, and none in the others.
 
     Args:
         activation: MLP kind: `"gelu"` (exact), `"gelu_tanh"`,
             `"relu_squared"`, or gated: `"swiglu"`, `"geglu"`, `"geglu_tanh"`.
         position: `"rope"` (on queries and keys) or `"learned"` (added to the
             embeddings).
-        use_bias: whether linear layers have biases.
+        use_bias: whether linear layers have biases: bool, or `"attention"`
+            for those of attention only.
         epsilon: of every norm. Keras's default of 1e-3 would swamp q, k and v
             computed from raw embeddings, whose variance starts near 1e-4.
+        query_scale: what q.k is multiplied by. Defaults to `None`,
+            1/sqrt(head_dim).
+        sliding_window: int, `None`, or a tuple: keys a query sees at most.
+        rope_wavelength: number or a tuple. Defaults to 10000.
+        rope_factor: number or a tuple: positions are divided by it before
+            they are rotated ("linear" scaling). Defaults to 1.
+        tie_embeddings: whether the head is the transposed embedding.
         scale_embeddings: whether embeddings are multiplied by
             `sqrt(hidden_dim)`.
         output_cap: `logits <- cap * tanh(logits / cap)` on the head.
+        z_loss: weight of `mean(logsumexp(logits)^2)` in the training
+            objective. Defaults to 0; 1e-4 in PaLM (arXiv 2204.02311).
     """
 
     activation: str = "gelu"
     position: str = "rope"
-    use_bias: bool = False
+    use_bias: bool | str = False
     epsilon: float = 1e-6
+    query_scale: float | None = None
+    sliding_window: int | None | tuple[int | None, ...] = None
+    rope_wavelength: float | tuple[float, ...] = 10000.0
+    rope_factor: float | tuple[float, ...] = 1.0
+    tie_embeddings: bool = False
     scale_embeddings: bool = False
     output_cap: float | None = None
+    z_loss: float = 0.0
 
     def __post_init__(self):
         check_choice(self.activation, ACTIVATION_KINDS, "activation")
         check_choice(self.position, ("rope", "learned"), "position encoding")
+        check_choice(self.use_bias, (False, True, "attention"), "`use_bias`")
         check_number(self.epsilon, "`epsilon`", low=0)
-        if self.output_cap is not None:
-            check_number(self.output_cap, "`output_cap`", low=0)
+        for field in ("query_scale", "output_cap"):
+            if getattr(self, field) is not None:
+                check_number(getattr(self, field), f"`{field}`", low=0)
+        if self.z_loss != 0:
+            check_number(self.z_loss, "`z_loss`", low=0)
+        for field in CYCLED:
+            value = getattr(self, field)
+            if isinstance(value, (list, tuple)):
+                if not value:
+                    raise ValueError(f"`{field}` is an empty tuple.")
+                object.__setattr__(self, field, tuple(value))
+            for each in value if isinstance(value, (list, tuple)) else [value]:
+                if field != "sliding_window":
+                    check_number(each, f"`{field}`", low=0)
+                elif each is not None and (type(each) is not int or each < 1):
+                    raise ValueError(
+                        "`sliding_window` must be an integer, at least 1 (the "
+                        f"token itself), or None. Received: {value!r}"
+                    )
+
+    def at(self, layer):
+        """This architecture with tuples turned into one layer's values."""
+        own = {
+            field: value[layer % len(value)]
+            for field in CYCLED
+            if isinstance(value := getattr(self, field), tuple)
+        }
+        return dataclasses.replace(self, **own)
+
+
+# Fields of `Architecture` in which layers may differ.
+CYCLED = ("sliding_window", "rope_wavelength", "rope_factor")

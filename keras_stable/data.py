@@ -6,13 +6,11 @@ B batch, T sequence length, N tokens, W windows of a pass, V vocabulary.
 import hashlib
 
 import grain
-import keras
 import numpy as np
 
-from keras_stable.text import check_documents
 
-
-def _check_integer(value, what, low, high=None):
+def check_integer(value, what, low, high=None):
+    """`value` as an int, or a `ValueError` unless `low <= value < high`."""
     whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if not whole or value < low or (high is not None and value >= high):
         bound = f"at least {low}" + (f" and below {high}" if high else "")
@@ -23,7 +21,10 @@ def _check_integer(value, what, low, high=None):
 
 
 def _check_tokens(tokens, vocabulary_size=None):
-    """`tokens` as an array in the smallest dtype that holds them."""
+    """`tokens` as an unsigned array, and the smallest dtype for them.
+
+    Unsigned ones are not copied, be they larger than memory.
+    """
     tokens = np.asarray(tokens)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or not tokens.size:
         raise ValueError(
@@ -35,45 +36,25 @@ def _check_tokens(tokens, vocabulary_size=None):
     if low < 0:
         raise ValueError(f"Token ids must not be negative. Received: {low}")
     if vocabulary_size is not None:
-        vocabulary_size = _check_integer(vocabulary_size, "vocabulary_size", 1)
+        vocabulary_size = check_integer(vocabulary_size, "vocabulary_size", 1)
         if high >= vocabulary_size:
             raise ValueError(
                 f"Token ids must be in [0, {vocabulary_size}), the vocabulary. "
                 f"Received: {high} at position {int(tokens.argmax())}. Were "
                 "the tokens made by another tokenizer?"
             )
-    return tokens.astype(np.min_scalar_type(high), copy=False)
+    smallest = np.min_scalar_type(high)
+    if tokens.dtype.kind != "u":
+        tokens = tokens.astype(smallest)
+    return tokens, smallest
 
 
-def pack(documents, tokenizer):
-    """Tokenizes documents and lays them end to end.
-
-    ```
-    tokens = ids(document_1) + [end] + ids(document_2) + [end] + ...
-    ```
-
-    Args:
-        documents: list of strings.
-        tokenizer: KerasHub tokenizer. `end` is its `end_token_id`; there are
-            no separators if that is None.
-
-    Returns:
-        Unsigned integer array (N,), in the smallest dtype for the vocabulary.
-
-    Example:
-
-    >>> pack(["ab", "c"], ByteTokenizer())
-    array([97, 98,  0, 99,  0], dtype=uint8)
-    """
-    check_documents(documents)
-    dtype = np.min_scalar_type(tokenizer.vocabulary_size() - 1)
-    end = getattr(tokenizer, "end_token_id", None)
-    separator = np.array([] if end is None else [end], dtype)
-    pieces = []
-    for document in documents:
-        ids = keras.ops.convert_to_numpy(tokenizer.tokenize(document))
-        pieces += [ids.astype(dtype), separator]
-    return np.concatenate(pieces)
+def _sha256(tokens, dtype):
+    """Of the tokens as `dtype`, block by block."""
+    digest = hashlib.sha256()
+    for i in range(0, len(tokens), 2**22):
+        digest.update(tokens[i : i + 2**22].astype(dtype, copy=False))
+    return digest.hexdigest()
 
 
 class TokenBatches(grain.MapDataset):
@@ -152,18 +133,18 @@ class TokenBatches(grain.MapDataset):
         separator_id=None,
         vocabulary_size=None,
     ):
-        self.batch_size = _check_integer(batch_size, "batch_size", 1)
-        self.sequence_length = _check_integer(
+        self.batch_size = check_integer(batch_size, "batch_size", 1)
+        self.sequence_length = check_integer(
             sequence_length, "sequence_length", 1
         )
-        seed = _check_integer(seed, "seed", 0, 2**32)
+        seed = check_integer(seed, "seed", 0, 2**32)
         if mask_documents and separator_id is None:
             raise ValueError(
                 "`mask_documents=True` needs `separator_id`, the id that ends "
                 "a document: separator_id=tokenizer.end_token_id. A "
                 "`CharacterTokenizer` has one if made with separator=True."
             )
-        tokens = _check_tokens(tokens, vocabulary_size)
+        tokens, smallest = _check_tokens(tokens, vocabulary_size)
         self.separator_id = separator_id
         self.mask_documents = mask_documents
 
@@ -193,7 +174,7 @@ class TokenBatches(grain.MapDataset):
         )
         self.first_step = 0
         self.fingerprint = {
-            "tokens": hashlib.sha256(tokens).hexdigest(),
+            "tokens": _sha256(tokens, smallest),
             "num_tokens": len(tokens),
             "batch_size": self.batch_size,
             "sequence_length": self.sequence_length,
@@ -232,7 +213,7 @@ class TokenBatches(grain.MapDataset):
             int64 array (B,), `pass * num_windows + window`: no sample of any
             pass has another's index. It does not depend on `set_state`.
         """
-        step = _check_integer(step, "step", 0)
+        step = check_integer(step, "step", 0)
         # One process of several would take its rows of the batch here.
         windows = np.asarray(self._order[step], "int64")
         return step // len(self) * self.num_windows + windows
@@ -245,7 +226,8 @@ class TokenBatches(grain.MapDataset):
         """
         passes, windows = np.divmod(sample_indices, self.num_windows)
         passes, where = np.unique(passes, return_inverse=True)
-        shifts = np.array([self._shifts[int(e)] for e in passes])[where]
+        shifts = [self._shifts[int(e)] for e in passes]
+        shifts = np.array(shifts, "int64")[where]
         return self._views[shifts + windows * self.sequence_length]
 
     def stream(self):
@@ -273,7 +255,7 @@ class TokenBatches(grain.MapDataset):
             Dictionary that JSON can hold: `"step"` and `"fingerprint"`.
         """
         step = self.first_step if step is None else step
-        step = _check_integer(step, "step", 0)
+        step = check_integer(step, "step", 0)
         return {"step": step, "fingerprint": dict(self.fingerprint)}
 
     def set_state(self, state):
@@ -302,7 +284,7 @@ class TokenBatches(grain.MapDataset):
                 f"The state belongs to other batches: {differences}. Resume "
                 "with the same text and settings, or begin anew without it."
             )
-        self.first_step = _check_integer(step, "step", 0)
+        self.first_step = check_integer(step, "step", 0)
 
     def __str__(self):
         return (
@@ -335,7 +317,7 @@ def unigram_entropy(tokens):
     >>> round(unigram_entropy([0, 1, 0, 1]), 4)
     0.6931
     """
-    return _entropy(np.bincount(_check_tokens(tokens)))
+    return _entropy(np.bincount(_check_tokens(tokens)[0]))
 
 
 def bigram_entropy(tokens):
@@ -357,7 +339,7 @@ def bigram_entropy(tokens):
     >>> bigram_entropy([0, 1, 0, 1])
     0.0
     """
-    tokens = _check_tokens(tokens)
+    tokens, _ = _check_tokens(tokens)
     if len(tokens) < 2:
         raise ValueError("`bigram_entropy` needs two tokens. Received: one.")
     size = int(tokens.max()) + 1

@@ -154,8 +154,11 @@ def _left_singular(kernel, width=8, iterations=40):
 def make_linear(name, units, variant, *, kernel_initializer, dtype):
     """The linear layer `name` of a variant, a `Dense` or a subclass of it."""
     reparam = variant.reparam
+    bias = variant.architecture.use_bias
+    if bias == "attention":
+        bias = name in ("query", "key", "value", "output")
     kwargs = {
-        "use_bias": variant.architecture.use_bias,
+        "use_bias": bias,
         "kernel_initializer": kernel_initializer,
         "name": name,
         "dtype": dtype,

@@ -8,12 +8,16 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_stable import checkpoints
+from keras_stable import generation
 from keras_stable.backbone import PAPER_VOCABULARY
 from keras_stable.backbone import SIZES
 from keras_stable.backbone import StableBackbone
 from keras_stable.backbone import complete
+from keras_stable.choices import check_choice
 from keras_stable.choices import nearest
 from keras_stable.optimizers import AdamW
+from keras_stable.presets import Presets
 from keras_stable.telemetry import LastValue
 
 
@@ -51,8 +55,25 @@ class StableCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         )
 
 
+def z_loss(logits, sample_weight=None):
+    """`mean(w * logsumexp(logits)^2)`: keeps the softmax's scale near one.
+
+    Args:
+        logits: float32 tensor (..., V).
+        sample_weight: tensor (...) or None: w, as in the loss.
+
+    Reference:
+        [Chowdhery et al., 2022](https://arxiv.org/abs/2204.02311), where its
+        weight is 1e-4.
+    """
+    square = ops.square(ops.logsumexp(ops.cast(logits, "float32"), axis=-1))
+    if sample_weight is not None:
+        square = square * ops.cast(sample_weight, "float32")
+    return ops.mean(square)
+
+
 @keras.saving.register_keras_serializable("keras_stable")
-class StableCausalLM(keras_hub.models.CausalLM):
+class StableCausalLM(Presets, keras_hub.models.CausalLM):
     """A language model: next-token logits, `fit`, `generate`.
 
     ```
@@ -66,7 +87,9 @@ class StableCausalLM(keras_hub.models.CausalLM):
             in `fit` and `generate`; batches of token ids pass it by.
 
     Beside `loss`, the mean since the epoch began, `fit` reports `batch_loss`,
-    that of the last batch alone. `fit` takes strings, or dictionaries with
+    that of the last batch alone; and `z_loss` and `entropy_penalty`, weighted,
+    if the variant has them: both are in the gradient and not in the loss, so
+    that `exp(loss)` is a perplexity. `fit` takes strings, or dictionaries with
     `"token_ids"` and optionally `"padding_mask"` with the next ids as targets.
 
     Example:
@@ -86,6 +109,13 @@ class StableCausalLM(keras_hub.models.CausalLM):
         logits_BTV = backbone.token_embedding(hidden_BTD, reverse=True)
         super().__init__(inputs=backbone.input, outputs=logits_BTV, **kwargs)
         self.batch_loss = LastValue(name="batch_loss")
+        self.penalties = {}
+        if backbone.variant.architecture.z_loss:
+            self.penalties["z_loss"] = keras.metrics.Mean(name="z_loss")
+        if backbone.variant.softmax.entropy is not None:
+            name = "entropy_penalty"
+            self.penalties[name] = keras.metrics.Mean(name=name)
+        self._assistant = lambda: None
 
     @classmethod
     def from_size(
@@ -115,11 +145,37 @@ class StableCausalLM(keras_hub.models.CausalLM):
             preprocessor = StableCausalLMPreprocessor(tokenizer)
         return cls(backbone, preprocessor)
 
+    @classmethod
+    def from_transformers(cls, source, **kwargs):
+        """The model of a `transformers` checkpoint: see `checkpoints.read`.
+
+        Args:
+            source: directory, `"hf:OWNER/NAME"`, or `transformers` model.
+            **kwargs: `dropout`, `dtype`, and others of `StableBackbone`.
+        """
+        backbone, tokenizer = checkpoints.read(source, **kwargs)
+        preprocessor = None
+        if tokenizer is not None:
+            preprocessor = StableCausalLMPreprocessor(tokenizer)
+        return cls(backbone, preprocessor)
+
+    def to_transformers(self, path, **kwargs):
+        """Writes what `transformers` reads: see `checkpoints.write`.
+
+        Args:
+            path: directory, new or empty.
+            **kwargs: `dtype` and `max_shard_size`.
+        """
+        tokenizer = None
+        if self.preprocessor is not None:
+            tokenizer = self.preprocessor.tokenizer
+        return checkpoints.write(self.backbone, tokenizer, path, **kwargs)
+
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(complete(inputs), *args, **kwargs)
 
-    def call(self, inputs, *args, **kwargs):
-        return super().call(complete(inputs), *args, **kwargs)
+    def call(self, inputs, training=None, **kwargs):
+        return super().call(complete(inputs), training=training, **kwargs)
 
     def compile(self, optimizer="auto", loss="auto", **kwargs):
         """Configures training; `"auto"` is `AdamW(3e-4)` and cross-entropy.
@@ -156,8 +212,24 @@ class StableCausalLM(keras_hub.models.CausalLM):
                     f"vocabulary. Received: ids from {low} to {high}"
                 )
 
-    def compute_loss(self, *args, **kwargs):
-        loss = super().compute_loss(*args, **kwargs)
+    def compute_loss(
+        self, x=None, y=None, y_pred=None, sample_weight=None, training=True
+    ):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        extra = {}
+        if training and "entropy_penalty" in self.penalties:
+            # The blocks' `add_loss`: in `loss` already.
+            extra["entropy_penalty"] = sum(self.losses)
+        if training and "z_loss" in self.penalties:
+            weight = self.backbone.variant.architecture.z_loss
+            extra["z_loss"] = weight * z_loss(y_pred, sample_weight)
+            loss = loss + extra["z_loss"]
+        if extra:
+            # Penalties are in the gradient alone: the loss that is reported,
+            # watched and exponentiated stays the tokens' cross-entropy.
+            loss = loss - ops.stop_gradient(sum(extra.values()))
+        for name, value in extra.items():
+            self.penalties[name].update_state(value)
         self.batch_loss.update_state(loss)
         return loss
 
@@ -181,50 +253,85 @@ class StableCausalLM(keras_hub.models.CausalLM):
         self._check_ids(x)
         return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
 
+    def make_generate_function(self):
+        function = super().make_generate_function()
+        assistant = self._assistant()
+
+        def generate(inputs, stop_token_ids=None):
+            self._check_ids(inputs)
+            generation.check_prompts(inputs, self.sampler)
+            if assistant is not None:
+                values = [v.value for v in assistant.variables]
+                inputs = {**inputs, "assistant": values}
+            return function(inputs, stop_token_ids=stop_token_ids)
+
+        return generate
+
     def generate_step(self, inputs, stop_token_ids=None):
-        """Continues every prompt of a batch up to its padded length.
+        """See `generation.continue_prompts`."""
+        return generation.continue_prompts(
+            self, inputs, stop_token_ids, self._assistant()
+        )
+
+    def generate(self, inputs, *args, assistant=None, **kwargs):
+        """Continues prompts: see `keras_hub.models.CausalLM.generate`.
 
         Args:
-            inputs: dictionary of `"token_ids"` and `"padding_mask"` (B, T);
-                the mask is 1 on prompts.
-            stop_token_ids: ids after which a row is finished, or None.
+            inputs: string, list of strings; or, without a preprocessor, a
+                dictionary of `"token_ids"` and `"padding_mask"` (B, T), padded
+                to the length wanted, the mask 1 on prompts.
+            *args, **kwargs: `max_length`, `stop_token_ids`, `strip_prompt`.
+            assistant: `StableCausalLM` of the same vocabulary that drafts
+                tokens for a `keras_hub.samplers.SpeculativeSampler`.
+
+        Raises:
+            ValueError: for an empty prompt, ids outside the vocabulary, more
+                tokens than learned positions, or an assistant amiss.
+        """
+        generation.check_assistant(self, assistant)
+        if assistant is not self._assistant():
+            # In a function, so that Keras does not take it for a part.
+            self._assistant = lambda: assistant
+            self.generate_function = None
+        return super().generate(inputs, *args, **kwargs)
+
+    def score(
+        self,
+        token_ids,
+        padding_mask=None,
+        scoring_mode="logits",
+        layer_intercept_fn=None,
+        target_ids=None,
+    ):
+        """Logits or losses of given tokens, as in KerasHub's models.
+
+        Args:
+            token_ids: int (B, T).
+            padding_mask: int (B, T), as in calls. Defaults to one document.
+            scoring_mode: `"logits"`, or `"loss"`: -log p(target) of each
+                token.
+            layer_intercept_fn: function `(x_BTD, i)` that returns what takes
+                x's place: of the embeddings, i = -1, and of block i's output.
+            target_ids: int (B, T), for `"loss"`.
 
         Returns:
-            Dictionary of the same shape, the mask ending with the stop token.
+            Float32 tensor (B, T, V), or (B, T) for `"loss"`.
         """
-        token_ids = ops.cast(inputs["token_ids"], "int32")
-        prompt_BT = ops.cast(inputs["padding_mask"], "bool")
-        lengths = ops.sum(ops.cast(prompt_BT, "int32"), axis=-1)
-        if stop_token_ids is not None:
-            # Samplers look for stops in the whole row, and the padding may be
-            # one: the byte tokenizer's zero is both.
-            stops = set(stop_token_ids)
-            other = next(i for i in range(len(stops) + 1) if i not in stops)
-            token_ids = ops.where(prompt_BT, token_ids, other)
-
-        def next_logits(prompt, cache, index):
-            # What stands behind `index` is invisible to a causal model.
-            hidden_BTD = self.backbone({"token_ids": prompt})
-            start = (0, index - 1, 0)
-            shape = (prompt.shape[0], 1, hidden_BTD.shape[-1])
-            hidden_BD = ops.slice(hidden_BTD, start, shape)[:, 0]
-            logits = self.backbone.token_embedding(hidden_BD, reverse=True)
-            return logits, hidden_BD, cache
-
-        token_ids = self.sampler(
-            next=next_logits,
-            prompt=token_ids,
-            index=ops.min(lengths),
-            mask=prompt_BT,
-            stop_token_ids=stop_token_ids,
-            model=self,
+        check_choice(scoring_mode, ("logits", "loss"), "`scoring_mode`")
+        if scoring_mode == "loss" and target_ids is None:
+            raise ValueError('scoring_mode="loss" needs `target_ids`.')
+        self._check_ids({"token_ids": token_ids})
+        backbone = self.backbone
+        intercept = layer_intercept_fn or (lambda x, i: x)
+        x = backbone.embed(token_ids, segment_ids=padding_mask)
+        x = intercept(x, -1)
+        for i, layer in enumerate(backbone.transformer_layers):
+            x = intercept(layer(x, segment_ids=padding_mask), i)
+        if backbone.final_norm is not None:
+            x = backbone.final_norm(x)
+        logits = backbone.token_embedding(x, reverse=True)
+        if scoring_mode == "logits":
+            return logits
+        return keras.losses.sparse_categorical_crossentropy(
+            target_ids, logits, from_logits=True
         )
-        mask = ops.ones_like(prompt_BT)
-        if stop_token_ids is not None:
-            ends = ops.zeros_like(prompt_BT)
-            for stop in stop_token_ids:
-                ends = ops.logical_or(ends, ops.equal(token_ids, stop))
-            ends = ops.logical_and(ends, ops.logical_not(prompt_BT))
-            ends = ops.cast(ends, "int32")
-            mask = ops.equal(ops.cumsum(ends, axis=-1) - ends, 0)
-        return {"token_ids": token_ids, "padding_mask": mask}

@@ -8,12 +8,12 @@ import numpy as np
 from keras import ops
 
 
-def rotate(x_BTNH, positions, wavelength=10000.0):
+def rotate(x_BTNH, positions, wavelength=10000.0, factor=1.0):
     """Rotary position encoding (RoPE), half-split convention.
 
     ```
     (x1, x2) <- (x1 cos a - x2 sin a, x2 cos a + x1 sin a),
-    a[t, h]   = positions[t] * wavelength^(-2h / H),  h < H / 2
+    a[t, h]   = positions[t] / factor * wavelength^(-2h / H),  h < H / 2
     ```
 
     with x1 the first and x2 the second half of the channels, as in GPT-NeoX
@@ -24,6 +24,8 @@ def rotate(x_BTNH, positions, wavelength=10000.0):
         x_BTNH: tensor.
         positions: int tensor (T,).
         wavelength: float. Defaults to 10000.
+        factor: float, by which a model is stretched beyond the lengths that
+            it was trained on (Gemma 3: 8). Defaults to 1.
 
     Reference:
         [Su et al., 2021](https://arxiv.org/abs/2104.09864).
@@ -32,7 +34,7 @@ def rotate(x_BTNH, positions, wavelength=10000.0):
     frequencies = ops.convert_to_tensor(
         wavelength ** (-np.arange(half) / half), dtype="float32"
     )
-    positions = ops.cast(positions, "float32")
+    positions = ops.cast(positions, "float32") / factor
     angles_T1H = positions[:, None, None] * frequencies
     cos, sin = ops.cos(angles_T1H), ops.sin(angles_T1H)
     x1, x2 = ops.split(ops.cast(x_BTNH, "float32"), 2, axis=-1)
@@ -58,6 +60,8 @@ class PositionEmbedding(keras.layers.Layer):
         x_BTD: tensor.
         segment_ids: int tensor (B, T), the document of each token; by default
             a row is one document.
+        start: int scalar. Position of the first token, for one document.
+            Defaults to 0.
 
     Example:
 
@@ -81,7 +85,7 @@ class PositionEmbedding(keras.layers.Layer):
             initializer=self.embeddings_initializer,
         )
 
-    def call(self, x_BTD, segment_ids=None):
+    def call(self, x_BTD, segment_ids=None, start=0):
         length = x_BTD.shape[1]
         if length is not None and length > self.max_sequence_length:
             raise ValueError(
@@ -89,7 +93,7 @@ class PositionEmbedding(keras.layers.Layer):
                 f"model with max_sequence_length={length} or more. Received: "
                 f"{length} tokens, {self.max_sequence_length} positions"
             )
-        positions = ops.arange(ops.shape(x_BTD)[1])
+        positions = start + ops.arange(ops.shape(x_BTD)[1])
         if segment_ids is None:
             return x_BTD + ops.take(self.embeddings, positions, axis=0)
         # A document starts at the first column with the same id.

@@ -1,12 +1,6 @@
-"""Stability methods as values.
+"""Stability methods by name: `VARIANTS`, and `get`.
 
-Every method is one setting of the residual equation
-
-    x <- S(a * x + g * B(f(P(x))))
-
-and of the few switches between the attention projections and the softmax. A
-`Variant` names those choices and nothing else, so two variants differ only in
-what their entries say. This module needs the standard library alone.
+Two variants differ only in what their entries say.
 
     import keras_stable as ks
 
@@ -15,156 +9,16 @@ what their entries say. This module needs the standard library alone.
     ks.get_variant(json.loads(json.dumps(v.to_dict())))  # back from JSON
 """
 
-import dataclasses
-import json
-from dataclasses import dataclass
-
-from keras_stable.choices import NORM_KINDS
 from keras_stable.choices import Architecture
 from keras_stable.choices import Clip
+from keras_stable.choices import Entropy
 from keras_stable.choices import Learned
 from keras_stable.choices import Placement
 from keras_stable.choices import QKVNorm
 from keras_stable.choices import SigmaReparam
 from keras_stable.choices import Softmax
-from keras_stable.choices import check_choice
 from keras_stable.choices import nearest
-
-
-@dataclass(frozen=True, kw_only=True)
-class Variant:
-    """One way to build a transformer, with its paper.
-
-    Args:
-        name: the name in logs, files and tables.
-        attention, mlp: `Placement` of the two residual branches.
-        qkv_norm: `QKVNorm`.
-        softmax: `Softmax`.
-        reparam: `SigmaReparam`, or `None` for plain kernels.
-        final_norm: norm kind before the head, or `None`.
-        architecture: `Architecture`.
-        paper: arXiv number of the source.
-        note: what it does, in one sentence.
-        doubts: what the source leaves open, and what was assumed.
-    """
-
-    name: str
-    attention: Placement = Placement()
-    mlp: Placement = Placement()
-    qkv_norm: QKVNorm = QKVNorm()
-    softmax: Softmax = Softmax()
-    reparam: SigmaReparam | None = None
-    final_norm: str | None = "layer"
-    architecture: Architecture = Architecture()
-    paper: str = ""
-    note: str = ""
-    doubts: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        check_choice(self.final_norm, (None, *NORM_KINDS), "final norm")
-        object.__setattr__(self, "doubts", tuple(self.doubts))
-        for field, cls in _PARTS.items():
-            value = getattr(self, field)
-            if not isinstance(value, cls) and not (
-                field == "reparam" and value is None
-            ):
-                raise TypeError(
-                    f"`{field}` must be a {cls.__name__}. Received: {value!r}"
-                )
-
-    def replace(self, **changes):
-        """A copy with some choices changed; the name says which.
-
-        A change names a field of the variant or of one of its parts. A field
-        of `Placement` is set in both branches.
-
-        Example:
-
-        >>> get("soft_cap").replace(cap=30.0).name
-        'soft_cap+cap=30.0'
-        >>> get("layer_scale").replace(gain=Learned(0.1)).mlp.gain.init
-        0.1
-
-        Raises:
-            ValueError: if a name is not a field, or names a part that this
-                variant does not have.
-        """
-        new, words = {}, []
-        for name, value in changes.items():
-            words.append(f"{name}={_short(value)}")
-            if name in _FIELDS:
-                new[name] = value
-                continue
-            owners = [f for f, cls in _PARTS.items() if name in _names(cls)]
-            if not owners:
-                leaves = [n for cls in _PARTS.values() for n in _names(cls)]
-                raise nearest(name, (*_FIELDS, *leaves), "field of Variant")
-            for owner in owners:
-                part = new.get(owner, getattr(self, owner))
-                if part is None:
-                    raise ValueError(
-                        f"Variant {self.name!r} has no `{owner}`, so {name!r} "
-                        f"cannot be replaced. Pass {owner}="
-                        f"{_PARTS[owner].__name__}({name}={value!r}) instead."
-                    )
-                new[owner] = dataclasses.replace(part, **{name: value})
-        new.setdefault("name", "+".join([self.name, *words]))
-        return dataclasses.replace(self, **new)
-
-    def at(self, num_layers):
-        """This variant with depth formulas turned into numbers."""
-        attention, mlp = self.attention.at(num_layers), self.mlp.at(num_layers)
-        return dataclasses.replace(self, attention=attention, mlp=mlp)
-
-    def to_dict(self):
-        """Nested dictionary of JSON values; `get` reads it back."""
-        # Through JSON, so that tuples are lists here already.
-        return json.loads(json.dumps(dataclasses.asdict(self)))
-
-    @classmethod
-    def from_dict(cls, config):
-        """The inverse of `to_dict`."""
-        return _decode(cls, config)
-
-
-# The parts of a Variant, by field. Their field names are unique except that
-# both placements share theirs, which is what `replace` relies on.
-_PARTS = {
-    "attention": Placement,
-    "mlp": Placement,
-    "qkv_norm": QKVNorm,
-    "softmax": Softmax,
-    "reparam": SigmaReparam,
-    "architecture": Architecture,
-}
-_VALUES = {**_PARTS, "gain": Learned, "clip": Clip}
-
-
-def _names(cls):
-    return tuple(field.name for field in dataclasses.fields(cls))
-
-
-_FIELDS = _names(Variant)
-
-
-def _short(value):
-    if not dataclasses.is_dataclass(value):
-        return str(value)
-    words = (f"{k}:{v}" for k, v in vars(value).items() if v is not None)
-    return "(" + ",".join(words) + ")"
-
-
-def _decode(cls, config):
-    unknown = set(config) - set(_names(cls))
-    if unknown:
-        raise nearest(unknown.pop(), _names(cls), f"field of {cls.__name__}")
-    decoded = {
-        name: _decode(_VALUES[name], value)
-        if name in _VALUES and isinstance(value, dict)
-        else (tuple(value) if isinstance(value, list) else value)
-        for name, value in config.items()
-    }
-    return cls(**decoded)
+from keras_stable.variant import Variant
 
 
 def get(identifier):
@@ -193,6 +47,7 @@ def to_markdown():
     rows = ["| name | what it changes | paper |", "|---|---|---|"]
     for variant in VARIANTS.values():
         url = f"[{variant.paper}](https://arxiv.org/abs/{variant.paper})"
+        url = url if variant.paper else "none"
         rows.append(f"| `{variant.name}` | {variant.note} | {url} |")
     return "\n".join(rows)
 
@@ -206,6 +61,14 @@ _QK_SCOPE_DOUBT = (
     "for the paper; per-head, scale and bias, before RoPE, as in Megatron."
 )
 _QK = QKVNorm(qk="layer")
+_SANDWICH = Placement(pre="rms_plus_one", branch="rms_plus_one")
+_PRE_RMS = Placement(pre="rms")
+_POST_RMS = Placement(pre=None, branch="rms")
+_GEMMA = {
+    "activation": "geglu_tanh",
+    "tie_embeddings": True,
+    "scale_embeddings": True,
+}
 
 VARIANTS = {
     variant.name: variant
@@ -312,5 +175,102 @@ VARIANTS = {
                 "changes next to nothing: it acts once gains have grown.",
             ),
         ),
+        # Shipped models: `from_transformers` reads and writes their weights.
+        Variant(
+            name="gpt2",
+            final_norm="layer",
+            architecture=Architecture(
+                activation="gelu_tanh",
+                position="learned",
+                use_bias=True,
+                epsilon=1e-5,
+                tie_embeddings=True,
+            ),
+            note="GPT-2 (Radford et al., 2019): pre-LN, biases, learned "
+            "positions, tied head.",
+        ),
+        Variant(
+            name="gemma2",
+            attention=_SANDWICH,
+            mlp=_SANDWICH,
+            softmax=Softmax(cap=50.0),
+            final_norm="rms_plus_one",
+            architecture=Architecture(
+                sliding_window=(4096, None), output_cap=30.0, **_GEMMA
+            ),
+            paper="2408.00118",
+            note="Gemma 2: RMSNorm before and after each branch, caps on "
+            "attention and output logits, a window in every other layer.",
+        ),
+        Variant(
+            name="gemma3",
+            attention=_SANDWICH,
+            mlp=_SANDWICH,
+            qkv_norm=QKVNorm(qk="rms_plus_one"),
+            final_norm="rms_plus_one",
+            architecture=Architecture(
+                sliding_window=(*[1024] * 5, None),
+                rope_wavelength=(*[10_000.0] * 5, 1_000_000.0),
+                **_GEMMA,
+            ),
+            paper="2503.19786",
+            note="Gemma 3: RMSNorm before and after each branch and on "
+            "queries and keys, a window in five of six layers, no caps.",
+            doubts=(
+                "The window is 512 in the 1B model; from 4B on, positions of "
+                "layers without one are divided by 8.",
+            ),
+        ),
+        Variant(
+            name="qwen3",
+            attention=_PRE_RMS,
+            mlp=_PRE_RMS,
+            qkv_norm=QKVNorm(qk="rms"),
+            final_norm="rms",
+            architecture=Architecture(
+                activation="swiglu", rope_wavelength=1_000_000.0
+            ),
+            paper="2505.09388",
+            note="Qwen 3: pre-RMSNorm, RMSNorm on queries and keys, SwiGLU.",
+            doubts=("Heads of models below 8B are tied.",),
+        ),
+        Variant(
+            name="olmo2",
+            attention=_POST_RMS,
+            mlp=_POST_RMS,
+            qkv_norm=QKVNorm(qk="rms", scope="full"),
+            final_norm="rms",
+            architecture=Architecture(
+                activation="swiglu", rope_wavelength=500_000.0
+            ),
+            paper="2501.00656",
+            note="OLMo 2: RMSNorm on branch outputs instead of inputs, and on "
+            "all heads' queries and keys at once, SwiGLU.",
+            doubts=(
+                "Its training also uses a z-loss of 1e-5: "
+                "replace(z_loss=1e-5).",
+            ),
+        ),
+        # Penalties on the entropy of attention: not of the ten compared.
+        Variant(
+            name="entropy_floor",
+            softmax=Softmax(entropy=Entropy(weight=1e-2, floor=0.1)),
+            note="Penalty on attention whose entropy is below a tenth of the "
+            "largest.",
+            doubts=("Weight and floor are ours, not published ones.",),
+        ),
+        Variant(
+            name="entropy_band",
+            softmax=Softmax(entropy=Entropy(weight=1e-5, tolerance=0.2)),
+            paper="2501.03489",
+            note="Penalty on attention whose entropy is far from a learned "
+            "part of the largest.",
+            doubts=(
+                "Published as a sum over sequences and queries; a mean here, "
+                "so the published weight is a weaker one.",
+            ),
+        ),
     )
 }
+# The ten settings that arXiv 2410.16682 compares.
+PAPER = tuple(VARIANTS)[:10]

@@ -11,6 +11,8 @@ that does not beat them has learned counting.
     python recipes/pretrain.py --learning-rate 0.3 --policy halt
     python recipes/pretrain.py --data books/ --size 10m --tokens 20e6 \
         --precision mixed_bfloat16 --remat
+    python recipes/pretrain.py --tokenizer bpe:8192 --data python \
+        --data "hf:roneneldan/TinyStories?documents=50000" --weights 0.7 0.3
 
 The defaults take about two minutes on two CPU cores.
 """
@@ -18,12 +20,15 @@ The defaults take about two minutes on two CPU cores.
 import argparse
 import datetime
 import importlib.util
+import itertools
 import logging
 import math
 import os
 import sys
 
 BACKENDS = ("jax", "torch", "tensorflow")
+COUNTS = ("documents", "training_tokens", "validation_tokens")
+ENTROPIES = ("unigram_entropy", "bigram_entropy")
 PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16", "mixed_float16")
 
 
@@ -37,6 +42,12 @@ def positive(kind):
     # What argparse calls a value that was refused.
     convert.__name__ = f"positive {'integer' if kind is int else 'number'}"
     return convert
+
+
+def given(args, names):
+    """Those of the flags that were given, for functions with defaults."""
+    values = {name: getattr(args, name) for name in names.split()}
+    return {k: v for k, v in values.items() if v is not None}
 
 
 def choose_backend(arguments):
@@ -96,14 +107,34 @@ def parse(arguments, ks):
     add = parser.add_argument_group("data").add_argument
     add(
         "--data",
-        default="python",
-        help="python: source of the standard library; or a file, a "
-        "directory, a quoted glob (python)",
+        action="append",
+        metavar="SOURCE",
+        help="python: source of the standard library; or a file, a directory, "
+        "a quoted glob, or a Hugging Face dataset, "
+        '"hf:NAME?split=train&column=text&documents=10000"; once for each '
+        "corpus (python)",
+    )
+    add(
+        "--weights",
+        nargs="+",
+        type=positive(float),
+        metavar="W",
+        help="shares of the corpora in every batch, in the order of --data "
+        "(as large as they are)",
     )
     add(
         "--tokenizer",
         default="byte",
-        help="byte, or character: one id for each character of the text",
+        help="byte; character: one id for each character of the text; "
+        "bpe:8192: as many learned from it; path of a tokenizer.json or of a "
+        "SentencePiece .model; a KerasHub preset (byte)",
+    )
+    add(
+        "--cache",
+        default="default",
+        metavar="DIR",
+        help="where tokens are kept for the next run; none: in memory only "
+        f"({ks.cache_directory()})",
     )
     add("--sequence-length", type=positive(int), default=128, help="(128)")
     add("--batch-size", type=positive(int), default=8, help="sequences (8)")
@@ -111,7 +142,7 @@ def parse(arguments, ks):
         "--validation-tokens",
         type=positive(float),
         default=200_000,
-        help="at most so many are evaluated (200000)",
+        help="at most so many of each corpus are evaluated (200000)",
     )
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive(int), help="optimizer updates (1500)")
@@ -129,6 +160,19 @@ def parse(arguments, ks):
         help=f"{', '.join(ks.SCHEDULES)}: after the warm-up (cosine)",
     )
     add("--warmup-steps", type=int, help="linear warm-up (5 %% of the steps)")
+    add("--cycles", type=positive(int), help="decays with warm restarts (1)")
+    ratio = {"type": positive(float), "metavar": "RATIO"}
+    add(
+        "--cycle-growth", help="length of each cycle to the last's (1)", **ratio
+    )
+    add("--peak-decay", help="peak of each cycle to the last's (1)", **ratio)
+    add("--rewarmup-steps", type=int, help="linear, back to the peak")
+    add(
+        "--z-loss",
+        type=positive(float),
+        help="weight of mean(logsumexp(logits)^2), 1e-4 in PaLM (the "
+        "variant's)",
+    )
     add("--weight-decay", type=float, default=0.1, help="on matrices (0.1)")
     add("--seed", type=int, default=0, help="of weights, batches, dropout (0)")
     add(
@@ -165,14 +209,40 @@ def parse(arguments, ks):
     args = parser.parse_args(arguments)
     if args.steps and args.tokens:
         parser.error("--steps and --tokens say the same: give one of them.")
+    args.data = args.data or ["python"]
+    if args.weights and len(args.weights) != len(args.data):
+        parser.error(
+            f"--weights has {len(args.weights)} numbers for {len(args.data)} "
+            "corpora: give one for each --data."
+        )
     return args
+
+
+def read(args, ks):
+    """The tokenizer, and the tokens of each corpus."""
+    # Made from all of the text, which is read once more for its tokens.
+    documents = itertools.chain.from_iterable(
+        ks.stream_corpus(source) for source in args.data
+    )
+    tokenizer = ks.load_tokenizer(args.tokenizer, documents)
+    named = {"default": ks.cache_directory(), "none": None}
+    where = {"cache": named.get(args.cache, args.cache)}
+    return tokenizer, [
+        ks.tokenize_corpus(source, tokenizer, **where) for source in args.data
+    ]
+
+
+def together(corpora, name):
+    """The mean of the corpora's numbers, weighted as the batches are."""
+    return sum(corpus["weight"] * corpus[name] for corpus in corpora)
 
 
 def prepare(args, ks, keras):
     """Everything that can be refused, before the first step."""
     ks.check_choice(args.precision, PRECISIONS, "precision")
-    ks.check_choice(args.tokenizer, ("byte", "character"), "tokenizer")
-    ks.get_variant(args.variant)
+    variant = ks.get_variant(args.variant)
+    if args.z_loss:
+        variant = variant.replace(z_loss=args.z_loss)
     if args.steps is None:
         per_step = args.batch_size * args.sequence_length
         args.steps = int(args.tokens // per_step) if args.tokens else 1500
@@ -186,40 +256,42 @@ def prepare(args, ks, keras):
         args.steps,
         warmup_steps=args.warmup_steps,
         shape=args.schedule,
+        **given(args, "cycles cycle_growth peak_decay rewarmup_steps"),
     )
     optimizer = ks.AdamW(schedule, weight_decay=args.weight_decay)
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
     ks.set_distribution(args.distribution, args.batch_size)
 
-    documents = ks.load_corpus(args.data)
-    tokenizer = ks.ByteTokenizer()
-    if args.tokenizer == "character":
-        # One text needs no separator: its vocabulary is its characters.
-        tokenizer = ks.CharacterTokenizer.from_text(
-            documents, separator=len(documents) > 1
-        )
-    training, validation = (
-        ks.pack(side, tokenizer) for side in ks.split(documents)
-    )
+    tokenizer, corpora = read(args, ks)
     shape = (args.batch_size, args.sequence_length)
-    batches = ks.TokenBatches(training, *shape, seed=args.seed)
-    evaluation = ks.TokenBatches(validation, *shape, shuffle=False)
+    training = [corpus.training for corpus in corpora]
+    if len(corpora) == 1:
+        batches = ks.TokenBatches(training[0], *shape, seed=args.seed)
+        weights = [1.0]
+    else:
+        batches = ks.MixedBatches(
+            training, *shape, weights=args.weights, seed=args.seed
+        )
+        weights = batches.weights
     most = max(int(args.validation_tokens // (shape[0] * shape[1])), 1)
+    evaluations = [
+        ks.TokenBatches(corpus.validation, *shape, shuffle=False)[:most]
+        for corpus in corpora
+    ]
 
-    dims = ("num_layers", "num_heads", "hidden_dim", "intermediate_dim")
-    given = {d: getattr(args, d) for d in dims if getattr(args, d)}
-    if "hidden_dim" in given:
-        given.setdefault("intermediate_dim", 4 * given["hidden_dim"])
+    sizes = given(args, "num_layers num_heads hidden_dim intermediate_dim")
+    if "hidden_dim" in sizes:
+        sizes.setdefault("intermediate_dim", 4 * sizes["hidden_dim"])
     lm = ks.StableCausalLM.from_size(
         args.size,
         tokenizer.vocabulary_size(),
-        args.variant,
+        variant,
         tokenizer=tokenizer,
         dropout=args.dropout,
         remat=args.remat,
         seed=args.seed,
-        **given,
+        **sizes,
     )
     lm.compile(optimizer)
 
@@ -228,36 +300,51 @@ def prepare(args, ks, keras):
         every = positive(int)(args.every)
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
     args.out = args.out or f"runs/{args.variant}-{now}"
+    rows = [
+        {
+            "source": source,
+            "weight": weight,
+            "documents": corpus.documents,
+            "training_tokens": len(corpus.training),
+            "validation_tokens": len(corpus.validation),
+            # What counting one and two tokens reaches on the validation text.
+            "unigram_entropy": ks.unigram_entropy(corpus.validation),
+            "bigram_entropy": ks.bigram_entropy(corpus.validation),
+        }
+        for source, weight, corpus in zip(args.data, weights, corpora)
+    ]
     run = ks.RunDirectory(args.out, vars(args))
     run.update(
         parameters=lm.count_params(),
         tokens=args.steps * shape[0] * shape[1],
         corpus={
-            "documents": len(documents),
-            "training_tokens": len(training),
-            "validation_tokens": len(validation),
             "vocabulary_size": tokenizer.vocabulary_size(),
-            # What counting one and two tokens reaches on the validation text.
-            "unigram_entropy": ks.unigram_entropy(validation),
-            "bigram_entropy": ks.bigram_entropy(validation),
+            "corpora": rows,
+            **{name: sum(row[name] for row in rows) for name in COUNTS},
+            **{name: together(rows, name) for name in ENTROPIES},
         },
     )
+    if args.tokenizer.startswith("bpe:"):
+        # `--tokenizer` takes it: learned once, for many runs.
+        tokenizer.to_file(run.path / "tokenizer.json")
     monitor = ks.StabilityMonitor(run.path, policy=args.policy, every=every)
     # All steps in one pass for `fit`, whatever the corpus's passes are.
-    return lm, batches.repeat()[: args.steps], evaluation[:most], run, monitor
+    return lm, batches.repeat()[: args.steps], evaluations, run, monitor
 
 
 def report(run, args, loss, sample):
     corpus = run.record["corpus"]
-    rows = {
-        "validation loss": loss,
-        "unigram entropy": corpus["unigram_entropy"],
-        "bigram entropy": corpus["bigram_entropy"],
-    }
+    rows = {"validation loss": loss}
+    rows |= {name.replace("_", " "): corpus[name] for name in ENTROPIES}
     print(f"\n{'':17}nats/token  perplexity")
     for name, value in rows.items():
         # Beyond 700 the exponential overflows; the run has diverged anyway.
         print(f"{name:17}{value:10.4f}  {math.exp(min(value, 700)):10.2f}")
+    if len(args.data) > 1:
+        print("\nvalidation loss, entropies and weight of each corpus:")
+        for row in corpus["corpora"]:
+            values = [row[k] for k in ("validation_loss", *ENTROPIES, "weight")]
+            print("".join(f"{v:8.4f}" for v in values), "", row["source"])
     print(f"verdict: {run.record['verdict']}")
     print(f"\nsample:\n{sample}\n\nrun directory: {args.out}")
 
@@ -271,8 +358,8 @@ def main(arguments=None):
 
     args = parse(arguments, ks)
     try:
-        lm, batches, evaluation, run, monitor = prepare(args, ks, keras)
-    except (ValueError, OSError) as error:
+        lm, batches, evaluations, run, monitor = prepare(args, ks, keras)
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"pretrain: {error}")
     print(
         f"{args.variant}, {lm.count_params():,} parameters, {args.precision}, "
@@ -283,14 +370,20 @@ def main(arguments=None):
         lm.fit(batches, callbacks=[monitor], verbose=1)
     except ks.TrainingHalted as halted:
         print(f"\n{halted}")
-    loss = lm.evaluate(evaluation, return_dict=True, verbose=0)["loss"]
-    prompt = args.prompt or ("def " if args.data == "python" else "The ")
+    corpus = run.record["corpus"]
+    for row, evaluation in zip(corpus["corpora"], evaluations):
+        row["validation_loss"] = lm.evaluate(
+            evaluation, return_dict=True, verbose=0
+        )["loss"]
+    loss = together(corpus["corpora"], "validation_loss")
+    prompt = args.prompt or ("def " if args.data[0] == "python" else "The ")
     sample = lm.generate(
         prompt, max_length=args.sequence_length, stop_token_ids=None
     )
     lm.save(run.path / "model.keras")
     lost = monitor.verdict.lost or not math.isfinite(loss)
     run.update(
+        corpus=corpus,
         status="diverged" if lost else "finished",
         verdict=str(monitor.verdict),
         worst_verdict=str(monitor.worst),

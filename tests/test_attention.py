@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 import keras_stable as ks
-from keras_stable.attention import attend
-from keras_stable.attention import soft_cap
+from keras_stable.attend import attend
+from keras_stable.attend import soft_cap
 from keras_stable.telemetry import Recorder
 from keras_stable.telemetry import recording
 
@@ -114,7 +114,6 @@ def test_dropout_keeps_the_mean():
     "kwargs, message",
     [
         ({"num_heads": 4, "num_key_value_heads": 3}, "multiple of"),
-        ({"num_heads": 4, "sliding_window": 0}, "sliding_window=0"),
         ({"num_heads": 4, "dropout": 1.0}, "1.0"),
         ({"num_heads": 5}, "multiple of `num_heads`"),
         ({"num_heads": 4, "head_dim": 5}, "head_dim=5"),

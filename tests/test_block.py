@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import reference
 
+from keras_stable import PAPER
 from keras_stable import VARIANTS
 from keras_stable import Placement
 from keras_stable import TransformerBlock
@@ -36,7 +37,12 @@ def numpy(x):
     return keras.ops.convert_to_numpy(x)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# Shipped models are compared with `transformers` in test_families.py; at
+# inference penalties change nothing.
+METHODS = [*PAPER, "entropy_floor", "entropy_band"]
+
+
+@pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("packed", [False, True])
 def test_block_is_the_formula(name, packed):
     layer, x = built(name), data()
@@ -130,7 +136,7 @@ def test_placement_is_the_equation():
 def test_depth_formulas_are_resolved_by_the_number_of_blocks():
     place = Placement(pre=None, stream="layer", skip="deepnorm")
     variant = Variant(name="deep", attention=place, mlp=place)
-    assert variant.at(8).attention.skip == pytest.approx(2.0)
+    assert variant.at(8, layer=0).attention.skip == pytest.approx(2.0)
 
 
 def test_the_cap_of_keras_is_not_ours():

@@ -19,14 +19,26 @@ NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
 # Floors of the house: a module imports from lower floors only.
 FLOORS = [
-    {"choices", "events", "backend", "randomness", "positions", "norms"},
-    {"variants", "schedules", "text", "distribution"},
-    {"logits", "records", "layerwise", "budget"},
-    {"telemetry"},
-    {"detectors", "updates", "taps", "optimizers", "data", "linear"},
-    {"packing", "criteria", "attention", "mlp"},
+    {
+        *{"choices", "events", "backend", "randomness", "positions", "norms"},
+        *{"weight_names", "tensor_files", "presets"},
+    },
+    {"variant"},
+    {"variants", "schedules", "hub", "distribution", "config_keys"},
+    {
+        *{"logits", "entropy", "records", "layerwise", "budget"},
+        *{"layer_kinds", "corpora"},
+    },
+    {"telemetry", "family", "tokenizers"},
+    {
+        *{"detectors", "updates", "taps", "optimizers", "data", "linear"},
+        *{"families", "subwords", "token_cache"},
+    },
+    {"packing", "criteria", "attend", "mlp", "mixture"},
+    {"attention"},
     {"block", "watch", "diagnosis", "sinks", "blackbox"},
     {"backbone", "selftest"},
+    {"checkpoints", "generation"},
     {"models", "monitor"},
     {"__init__"},
 ]

@@ -1,4 +1,4 @@
-"""AdamW against its formula in float64, and the schedules against theirs."""
+"""AdamW against its formula in float64."""
 
 import math
 import os
@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from test_schedules import reference_lr
 
 from keras_stable.optimizers import AdamW
-from keras_stable.schedules import SCHEDULES
 from keras_stable.schedules import WarmupSchedule
 
 # `keras.Variable.__array__` is behind NumPy 2; Keras itself calls it when it
@@ -23,25 +23,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 STEPS = 6
 SHAPES = {"kernel": (3, 2), "gain": (3,), "scalar": ()}
-
-
-def reference_lr(step, peak, total, warmup, shape, final, fraction=0.2):
-    """One learning rate, by cases instead of clipped fractions."""
-    update = step + 1
-    if update <= warmup:
-        return peak * update / warmup
-    if shape == "constant":
-        return peak
-    start = total * (1 - fraction) if shape == "wsd" else warmup
-    if update <= start:
-        return peak
-    q = min(1.0, (update - start) / (total - start))
-    fall = {
-        "cosine": (1 + math.cos(math.pi * q)) / 2,
-        "linear": 1 - q,
-        "wsd": 1 - math.sqrt(q),
-    }[shape]
-    return peak * final + peak * (1 - final) * fall
 
 
 def reference_adamw(
@@ -456,56 +437,6 @@ def test_it_is_keras_adamw():
     assert type(keras.optimizers.AdamW()) in AdamW.__mro__
 
 
-# Schedules.
-
-
-@pytest.mark.parametrize("shape", SCHEDULES)
-@pytest.mark.parametrize("warmup", [0, 1, 10])
-@pytest.mark.parametrize("final", [0.0, 0.25])
-def test_schedule_is_the_formula(shape, warmup, final):
-    settings = {"warmup_steps": warmup, "shape": shape, "final": final}
-    schedule = WarmupSchedule(0.3, 50, **settings)
-    steps = range(60)
-    expected = [reference_lr(i, 0.3, 50, warmup, shape, final) for i in steps]
-    actual = [float(schedule(i)) for i in steps]
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
-    again = WarmupSchedule.from_config(schedule.get_config())
-    assert [float(again(i)) for i in steps] == actual
-
-
-def test_schedule_landmarks():
-    schedule = WarmupSchedule(1.0, total_steps=100)
-    at = [float(schedule(step)) for step in (0, 4, 99, 100, 10**9)]
-    np.testing.assert_allclose(at, [0.2, 1, 0.1, 0.1, 0.1], rtol=1e-6)
-    held = WarmupSchedule(1.0, 100, shape="wsd", decay_fraction=0.5, final=0)
-    at = [float(held(step)) for step in (4, 30, 49, 50, 61, 99)]
-    expected = [1, 1, 1, 1 - 0.02**0.5, 1 - 0.24**0.5, 0]
-    np.testing.assert_allclose(at, expected, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", SCHEDULES)
-def test_schedule_at_ten_million_steps(shape):
-    total, warmup = 10_000_000, 100_000
-    schedule = WarmupSchedule(1e-3, total, warmup, shape, final=0.1)
-    for step in (0, 1, 99_999, 5_000_000, 7_999_999, 9_999_998, 9_999_999):
-        count = keras.Variable(step, dtype="int", trainable=False)
-        expected = reference_lr(step, 1e-3, total, warmup, shape, 0.1)
-        np.testing.assert_allclose(float(schedule(count)), expected, rtol=1e-5)
-    # Warm-up tells neighbours apart: float32 counts them exactly.
-    early = [float(schedule(step)) for step in (50_000, 50_001)]
-    assert early[0] < early[1]
-
-
-def test_stock_optimizers_take_the_schedule():
-    schedule = WarmupSchedule(0.1, 8, warmup_steps=2)
-    optimizer = keras.optimizers.SGD(schedule)
-    fit(regression(), optimizer, batch_size=8, epochs=1)
-    expected = reference_lr(3, 0.1, 8, 2, "cosine", 0.1)
-    np.testing.assert_allclose(
-        float(optimizer.learning_rate), expected, rtol=1e-5
-    )
-
-
 # Errors.
 
 
@@ -552,30 +483,3 @@ def test_stock_optimizers_take_the_schedule():
 def test_optimizer_errors(given, message):
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         AdamW(**given)
-
-
-@pytest.mark.parametrize(
-    "given, message",
-    [
-        ({"shape": "cosin"}, "Did you mean 'cosine'"),
-        ({"peak": 0}, "`peak` must be greater than 0"),
-        ({"peak": -1.0}, "`peak` .*at least 0"),
-        ({"peak": math.inf}, "`peak` .*finite"),
-        ({"total_steps": 0}, "`total_steps` .*at least 1.* 0"),
-        ({"total_steps": 1e3}, "`total_steps` .*integer.* 1000.0"),
-        ({"total_steps": True}, "`total_steps` .*integer.* True"),
-        ({"warmup_steps": -1}, "`warmup_steps` .*at least 0.* -1"),
-        ({"warmup_steps": 100}, "less than `total_steps`.*=100"),
-        ({"final": -0.1}, "`final` .*at least 0"),
-        ({"final": 3.0}, "`final` is a fraction.*3.0"),
-        ({"decay_fraction": 0.0}, r"`decay_fraction` must be in \(0, 1\]"),
-        ({"decay_fraction": 1.5}, r"`decay_fraction` must be in \(0, 1\]"),
-        (
-            {"shape": "wsd", "warmup_steps": 60, "decay_fraction": 0.5},
-            "during the warm-up.*0.5.*60.*100",
-        ),
-    ],
-)
-def test_schedule_errors(given, message):
-    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
-        WarmupSchedule(**{"peak": 0.1, "total_steps": 100, **given})

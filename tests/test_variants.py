@@ -69,7 +69,7 @@ TEXTS = ("name", "paper", "note", "doubts")
 
 
 def test_names_in_the_order_of_the_paper():
-    assert tuple(VARIANTS) == NAMES
+    assert ks.PAPER == NAMES == tuple(VARIANTS)[:10]
     assert all(name == variant.name for name, variant in VARIANTS.items())
 
 
@@ -104,6 +104,7 @@ def test_baseline():
         "temperature": 1.0,
         "cap": None,
         "clip": None,
+        "entropy": None,
         "logits_dtype": "float32",
     }
     assert baseline.reparam is None and baseline.final_norm == "layer"
@@ -209,11 +210,29 @@ def test_replace_keeps_to_the_parts_that_exist():
 
 def test_depth_formulas():
     deep = VARIANTS["baseline"].replace(skip="deepnorm", gain="1/sqrt(2L)")
-    for placement in (deep.at(8).attention, deep.at(8).mlp):
+    eighth = deep.at(8, layer=0)
+    for placement in (eighth.attention, eighth.mlp):
         assert placement.skip == 2.0  # (2 * 8) ** (1 / 4)
         assert placement.gain == 0.25  # 1 / sqrt(2 * 8)
-    assert deep.at(8).at(3) == deep.at(8)
-    assert VARIANTS["layer_scale"].at(8) == VARIANTS["layer_scale"]
+    assert eighth.at(3, layer=1) == eighth
+    assert VARIANTS["layer_scale"].at(8, 0) == VARIANTS["layer_scale"]
+
+
+def test_layers_differ_by_cycling():
+    gemma = VARIANTS["gemma3"]
+    layers = [gemma.at(12, layer=i).architecture for i in range(12)]
+    windows = [layer.sliding_window for layer in layers]
+    assert windows == [1024] * 5 + [None] + [1024] * 5 + [None]
+    # Positions of layers without a window are rotated more slowly.
+    for layer in layers:
+        far = layer.sliding_window is None
+        assert layer.rope_wavelength == (1e6 if far else 1e4)
+    assert gemma.at(12, layer=7).at(1, layer=0) == gemma.at(12, layer=7)
+
+
+def test_a_penalty_is_a_mean_over_layers():
+    entropy = VARIANTS["entropy_floor"].at(4, layer=2).softmax.entropy
+    assert entropy.weight == VARIANTS["entropy_floor"].softmax.entropy.weight / 4
 
 
 # Errors.

@@ -1,0 +1,139 @@
+"""Attention from queries, keys and values: the formula, and its fused path.
+
+B batch, T query time, S key time, N query heads, K key and value heads,
+G = N / K queries a key, H head dimension.
+"""
+
+import keras
+from keras import ops
+
+from keras_stable import backend
+from keras_stable import telemetry
+from keras_stable.choices import Softmax
+from keras_stable.randomness import dropout
+
+
+def soft_cap(x, cap):
+    """`cap * tanh(x / cap)`: the identity near zero, never beyond +-cap.
+
+    Source: Gemma 2 (arXiv 2408.00118). Not the argument
+    `attn_logits_soft_cap` of `ops.dot_product_attention`, which raises
+    off TPU and documents another formula.
+    """
+    return cap * ops.tanh(x / cap)
+
+
+def visible(length, positions=None, segment_ids=None, sliding_window=None):
+    """Which of `length` keys each query sees: bool tensor (1 or B, T, S).
+
+    A token sees itself and earlier tokens of its own document, of those the
+    last `sliding_window`. Padding (segment 0) sees padding only, so that its
+    rows stay finite. `positions` (T,) of the queries default to all.
+    """
+    s = ops.arange(length)
+    t = (s if positions is None else positions)[:, None]
+    mask = s <= t
+    if sliding_window is not None:
+        mask = ops.logical_and(mask, t - s < sliding_window)
+    mask = mask[None]
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = ops.logical_and(mask, same)
+    return mask
+
+
+def attend(
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    *,
+    scale,
+    softmax=Softmax(),
+    positions=None,
+    segment_ids=None,
+    sliding_window=None,
+    penalize=None,
+    dropout_rate=0.0,
+    seed=None,
+):
+    """Attention from queries, keys and values, by the formula.
+
+    ```
+    z = temperature * scale * q k^T       float32
+    z = cap * tanh(z / cap)               if capped; before the mask
+    p = softmax(where(visible, z, -inf))  float32
+    p = clip((zeta - gamma) p + gamma, 0, 1)   if clipped
+    y = dropout(p) v
+    ```
+
+    Args:
+        q_BTNH, k_BSKH, v_BSKH: tensors, K divides N.
+        scale: float.
+        softmax: `Softmax`: temperature, cap, clip.
+        positions: int tensor (T,), which of the S keys' positions the queries
+            have. Defaults to all: T = S.
+        segment_ids: int tensor (B, T) or None: tokens see their own document.
+        sliding_window: int or None: how many keys a query sees at most.
+        penalize: function of the logits z (B, K, G, T, S) and of the bool mask
+            (1 or B, 1, 1, T, S), or None.
+        dropout_rate, seed: dropout on probabilities, where `seed` is given.
+
+    Returns:
+        Tensor of the shape and dtype of `q_BTNH`. With `penalize` a tuple of
+        it and of what `penalize` returned.
+    """
+    scale = scale * softmax.temperature
+    length = ops.shape(k_BSKH)[1]
+    plain = softmax.cap is None and softmax.clip is None
+    plain = plain and softmax.logits_dtype == "float32"
+    # JAX's path has no float16 products with float32 sums on CPU, and GPUs
+    # that want float16 (T4) have no fused kernel in it.
+    plain = plain and keras.backend.standardize_dtype(q_BTNH.dtype) != "float16"
+    which = (positions, segment_ids, sliding_window)
+    if plain and seed is None and penalize is None:
+        # Nothing changes logits or probabilities: the fused path will do.
+        if which == (None, None, None):
+            where = {"is_causal": True}
+        else:
+            where = {"mask": visible(length, *which)[:, None]}
+        if k_BSKH.shape[2] == 1:
+            # Keras on TensorFlow repeats two heads and more, but not one.
+            k_BSKH, v_BSKH = (
+                ops.repeat(x, q_BTNH.shape[2], axis=2)
+                for x in (k_BSKH, v_BSKH)
+            )
+        return ops.dot_product_attention(
+            q_BTNH, k_BSKH, v_BSKH, scale=scale, **where
+        )
+
+    B, T, N, H = ops.shape(q_BTNH)
+    K = k_BSKH.shape[2]
+    mask = visible(length, *which)[:, None, None]
+    # Products of bfloat16 numbers are exact in float32; a bfloat16 logit near
+    # 300 would be off by one nat.
+    q_BTKGH = ops.reshape(q_BTNH, (B, T, K, N // K, H))
+    q_BTKGH, k_BSKH = (ops.cast(x, "float32") for x in (q_BTKGH, k_BSKH))
+
+    def product(q_BTKGH, k_BSKH):
+        return scale * ops.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
+
+    raw_BKGTS = product(q_BTKGH, k_BSKH)
+    if (recorder := telemetry.recorder()) is not None:
+        seen = backend.apart(raw_BKGTS, product, q_BTKGH, k_BSKH)
+        recorder.logits(seen, mask, softmax.cap)
+    z = ops.cast(ops.cast(raw_BKGTS, softmax.logits_dtype), "float32")
+    if softmax.cap is not None:
+        z = soft_cap(z, softmax.cap)
+    penalty = None if penalize is None else penalize(z, mask)
+    # Not -inf: its gradient through a fully masked row would be NaN.
+    p = ops.softmax(ops.where(mask, z, -1e30), axis=-1)
+    if softmax.clip is not None:
+        clip = softmax.clip
+        gamma = clip.gamma
+        if gamma is None:
+            gamma = -clip.alpha / ops.cast(length, "float32")
+        p = ops.clip((clip.zeta - gamma) * p + gamma, 0.0, 1.0)
+    p = ops.cast(dropout(p, dropout_rate, seed), v_BSKH.dtype)
+    y_BTKGH = ops.einsum("bkgts,bskh->btkgh", p, v_BSKH)
+    y_BTNH = ops.reshape(y_BTKGH, (B, T, N, H))
+    return y_BTNH if penalize is None else (y_BTNH, penalty)
