@@ -92,7 +92,7 @@ def attend(
     which = (positions, segment_ids, sliding_window)
     if plain and seed is None and penalize is None:
         # Nothing changes logits or probabilities: the fused path will do.
-        if which == (None, None, None):
+        if all(part is None for part in which):
             where = {"is_causal": True}
         else:
             where = {"mask": visible(length, *which)[:, None]}

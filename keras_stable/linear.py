@@ -122,12 +122,33 @@ class SigmaReparamDense(keras.layers.Dense):
             x = x + ops.cast(self.bias, self.compute_dtype)
         return self.activation(x) if self.activation is not None else x
 
+    def enable_lora(self, *args, **kwargs):
+        super().enable_lora(*args, **kwargs)
+        self.gamma.trainable = False
+
+    def _saved(self):
+        variables = [self._kernel, self.bias, self.gamma, self.u]
+        return [v for v in variables if v is not None]
+
     # `Dense` would save its kernel and bias alone.
     def save_own_variables(self, store):
-        keras.layers.Layer.save_own_variables(self, store)
+        for i, variable in enumerate(self._saved()):
+            # `kernel` has the product of the LoRA matrices in it.
+            store[str(i)] = self.kernel if i == 0 else variable
 
     def load_own_variables(self, store):
-        keras.layers.Layer.load_own_variables(self, store)
+        variables = self._saved()
+        if len(store.keys()) != len(variables):
+            raise ValueError(
+                f"Layer {self.name!r} has {len(variables)} variables (kernel, "
+                "bias if any, gamma, u). Received: a file with "
+                f"{len(store.keys())}"
+            )
+        for i, variable in enumerate(variables):
+            variable.assign(store[str(i)])
+        if self.lora_enabled:
+            self.lora_kernel_a.assign(ops.zeros(self.lora_kernel_a.shape))
+            self.lora_kernel_b.assign(ops.zeros(self.lora_kernel_b.shape))
 
     def get_config(self):
         return {**super().get_config(), "gamma_init": self.gamma_init}

@@ -239,12 +239,15 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         config = super().get_compile_config()
         if config:
             config["sampler"] = keras_hub.samplers.serialize(self.sampler)
+            config["has_slots"] = self.optimizer.built
         return config
 
     def compile_from_config(self, config):
         config = keras.saving.deserialize_keras_object(config)
+        has_slots = config.pop("has_slots", True)
         self.compile(**config)
-        self.optimizer.build(self.trainable_variables)
+        if has_slots:
+            self.optimizer.build(self.trainable_variables)
 
     def preprocess_samples(self, x, y=None, sample_weight=None):
         if not isinstance(x, dict) or "token_ids" not in x:

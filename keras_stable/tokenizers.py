@@ -38,6 +38,8 @@ class TextTokenizer(keras_hub.tokenizers.Tokenizer):
     def __init__(self, dtype="int32", **kwargs):
         super().__init__(dtype=dtype, **kwargs)
         self.file_assets = []
+        # `quantize` asks every layer of a model, this one among them.
+        self.built = True
         self.start_token_id = self.end_token_id = self.pad_token_id = None
 
     def set_roles(self, *tokens):

@@ -10,6 +10,7 @@ import keras_stable as ks
 from keras_stable import VARIANTS
 from keras_stable import logits
 from keras_stable import telemetry
+from keras_stable.mlp import ACTIVATIONS
 from keras_stable.telemetry import STATISTICS
 
 # A backbone's loss here does not use its untied head.
@@ -250,12 +251,17 @@ def test_every_layer_of_every_variant(name):
     assert set(layout.labels.values()) == {"exact"}
     assert not layout.unreachable
     parts = ("attention/query", "attention/key", "attention/value")
-    parts += ("attention/output", "mlp/fc1", "mlp/fc2")
+    parts += ("attention/output", "mlp/fc1")
+    variant = ks.get_variant(name)
+    if ACTIVATIONS[variant.architecture.activation][1]:
+        parts += ("mlp/gate",)
+    parts += ("mlp/fc2",)
     order = ["token_embedding"]
+    if variant.architecture.position == "learned":
+        order += ["position_embedding"]
     for block in ("block_0", "block_1"):
         order += [f"{block}/{part}" for part in parts] + [block]
     assert list(tensors) == order
-    variant = ks.get_variant(name)
     z, cap = logits_of(backbone, tensors, inputs, variant)
     expected = head_formula(z, np.tril(np.ones((7, 7), bool)), cap)
     np.testing.assert_allclose(
@@ -268,12 +274,14 @@ def logits_of(backbone, tensors, inputs, variant):
     names = {"block_0/attention/query", "block_0/attention/key"}
     found = activations(backbone, inputs, names)
     attention = backbone.transformer_layers[0].attention
+    rotary = variant.architecture.position == "rope"
+    positions = ops.arange(inputs["token_ids"].shape[1]) if rotary else None
     q, k = (
         numpy(
             attention._heads(
                 ops.array(found[f"block_0/attention/{n}"].astype("float32")),
                 getattr(attention, f"{n}_norm"),
-                rotary=True,
+                positions,
             )
         )
         for n in ("query", "key")

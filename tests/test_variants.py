@@ -231,8 +231,9 @@ def test_layers_differ_by_cycling():
 
 
 def test_a_penalty_is_a_mean_over_layers():
-    entropy = VARIANTS["entropy_floor"].at(4, layer=2).softmax.entropy
-    assert entropy.weight == VARIANTS["entropy_floor"].softmax.entropy.weight / 4
+    whole = VARIANTS["entropy_floor"]
+    part = whole.at(4, layer=2).softmax.entropy
+    assert part.weight == whole.softmax.entropy.weight / 4
 
 
 # Errors.
