@@ -10,6 +10,7 @@ import pytest
 
 import keras_stable as ks
 from keras_stable import VARIANTS
+from keras_stable.models import z_loss
 
 
 def small(variant="baseline", **kwargs):
@@ -238,3 +239,55 @@ def test_generation_stops_at_the_stop_token_and_not_at_padding():
     first = int(logits[0, -1].argmax())
     stopped = lm.generate("ab", max_length=8, stop_token_ids=[first])
     assert stopped == tokenizer.detokenize([0, *b"ab", first])
+
+
+def test_fit_is_training():
+    """What acts in training only acts in `fit`, and not in `evaluate`."""
+    variant = ks.get_variant("sigma_reparam").replace(z_loss=1e-3)
+    variant = variant.replace(entropy=ks.Entropy(weight=1.0, floor=1.0))
+    lm = small(variant, dropout=0.5, seed=1)
+    lm.compile(ks.AdamW(1e-9, weight_decay=0.0))
+    x, y = samples()
+    u = [w for w in lm.weights if w.path.endswith("/u")]
+    before = [numpy(w) for w in u]
+    plain = lm.evaluate(x, y, return_dict=True, verbose=0)
+    logs = lm.fit(x, y, batch_size=4, verbose=0).history
+    assert logs["loss"][0] != pytest.approx(plain["loss"], rel=1e-5)
+    moved = [np.any(numpy(w) != old) for w, old in zip(u, before)]
+    assert len(moved) == 12 and all(moved)
+    # About log(31)^2 thousandths at the start, where logits are near zero.
+    assert logs["z_loss"][0] == pytest.approx(1e-3 * np.log(31) ** 2, rel=0.1)
+    assert logs["entropy_penalty"][0] > 0
+
+
+@pytest.mark.parametrize("name", ["z_loss", "entropy"])
+def test_penalties_are_in_the_gradient_and_not_in_the_loss(name):
+    change = {
+        "z_loss": {"z_loss": 0.3},
+        "entropy": {"entropy": ks.Entropy(weight=30.0, floor=1.0)},
+    }[name]
+    plain = small("baseline")
+    for w in plain.weights:
+        w.assign(8 * numpy(w))
+    lm = small(ks.get_variant("baseline").replace(**change))
+    lm.set_weights(plain.get_weights())
+    x, y = samples()
+    losses = []
+    for model in (plain, lm):
+        model.compile(keras.optimizers.SGD(1e-2))
+        losses.append(model.fit(x, y, batch_size=4, verbose=0).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    moves = [
+        np.abs(numpy(a) - numpy(b)).max()
+        for a, b in zip(plain.weights, lm.weights)
+    ]
+    assert max(moves) > 1e-5
+
+
+def test_z_loss_is_its_formula():
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(2, 3, 5)).astype("float32")
+    w = np.array([[1, 0, 1], [1, 1, 0]], "float32")
+    square = np.log(np.exp(z.astype("float64")).sum(-1)) ** 2
+    assert float(z_loss(z)) == pytest.approx(square.mean(), rel=1e-6)
+    assert float(z_loss(z, w)) == pytest.approx((w * square).mean(), rel=1e-6)

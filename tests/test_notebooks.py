@@ -29,6 +29,10 @@ def quickstart(printed):
     assert len(found) == 2
     # At the start every byte is as likely as any other: log 256 = 5.5.
     assert all(0 < float(loss) < 5.6 for loss in found)
+    assert re.search("greedy: 'def .*\\ntop_p: 'def ", printed)
+    assert "StableCausalLM, same logits: True" in printed
+    (change,) = re.findall(r"on the verse (\S+), then (\S+)", printed)
+    assert float(change[1]) < float(change[0])
 
 
 def watch_any_model(printed):

@@ -319,10 +319,9 @@ def test_presets_load_in_a_fresh_process(any_tokenizer, tmp_path):
     assert sample == lm.generate("the ", max_length=12)
     # As one file, too.
     lm.save(tmp_path / "lm.keras")
-    restored = keras.models.load_model(tmp_path / "lm.keras")
-    assert pack(["the banana", "an ant"], restored.preprocessor.tokenizer)[
-        :
-    ].tolist() == (tokens)
+    restored = keras.models.load_model(tmp_path / "lm.keras", compile=False)
+    theirs = restored.preprocessor.tokenizer
+    assert pack(["the banana", "an ant"], theirs).tolist() == tokens
     assert load_tokenizer(preset).end_token_id == any_tokenizer.end_token_id
 
 
