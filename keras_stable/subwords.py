@@ -354,7 +354,10 @@ def load_tokenizer(source, documents=None):
     if path.is_file() and path.suffix == ".json":
         return BPETokenizer.from_file(path)
     if path.is_file() and path.suffix in (".model", ".spm"):
-        return SentencePieceTokenizer(str(path))
+        try:
+            return SentencePieceTokenizer(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     presets = keras_hub.tokenizers.Tokenizer.presets
     if not (path.is_dir() or name in presets or "://" in name):
         if os.sep in name or path.exists() or path.suffix:

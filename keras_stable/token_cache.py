@@ -218,8 +218,12 @@ def _store(manifest, wanted, source, tokenizer, fraction):
                 f"Files of {source!r} were changed while they were read: try "
                 "again when nobody writes to them."
             )
+        sides = []
         for side, path in zip(SIDES, paths):
-            os.replace(path, manifest.parent / content[side]["file"])
+            final = manifest.parent / content[side]["file"]
+            os.replace(path, final)
+            # Before another writer's manifest takes the place of this one.
+            sides.append(_open(final, content[side], wanted["dtype"]))
         text = Path(folder, "manifest")
         text.write_text(json.dumps(content, indent=1), encoding="utf-8")
         os.replace(text, manifest)
@@ -228,6 +232,7 @@ def _store(manifest, wanted, source, tokenizer, fraction):
     for old in manifest.parent.glob(f"{key}-*.npy"):
         if old.name not in kept:
             old.unlink(missing_ok=True)
+    return TokenizedCorpus(*sides, count, False)
 
 
 def tokenize_corpus(source, tokenizer, validation_fraction=0.1, cache=None):
@@ -302,8 +307,7 @@ def tokenize_corpus(source, tokenizer, validation_fraction=0.1, cache=None):
             file=sys.stderr,
         )
     try:
-        _store(manifest, wanted, source, tokenizer, validation_fraction)
-        return dataclasses.replace(_reuse(manifest, wanted), cached=False)
+        return _store(manifest, wanted, source, tokenizer, validation_fraction)
     except (PermissionError, FileExistsError, NotADirectoryError) as error:
         raise OSError(
             f"Cannot write tokens to the cache {str(cache)!r}: {error}. Name "

@@ -3,6 +3,8 @@
 They have KerasHub's interface and do without TensorFlow.
 """
 
+from pathlib import Path
+
 import keras
 import keras_hub
 import numpy as np
@@ -285,6 +287,11 @@ class SentencePieceTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
     backbone_cls = OurBackbone()
     start_token_id = end_token_id = pad_token_id = None
 
+    def load_assets(self, dir_path):
+        # KerasHub leaves the file open.
+        path = Path(dir_path, *self.file_assets)
+        self.set_proto(path.read_bytes())
+
     def set_proto(self, proto):
         # Those of the model before, which need not be in this one.
         self._special_token_attrs = []
@@ -293,9 +300,8 @@ class SentencePieceTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         except (ImportError, OSError, ValueError):
             raise
         except Exception as error:
-            where = "`proto`" if isinstance(proto, bytes) else proto
             raise ValueError(
-                f"{where} is not a SentencePiece model: "
+                "`proto` is not a SentencePiece model: "
                 f"{type(error).__name__}: {error}"
             ) from error
         if self.proto is None:

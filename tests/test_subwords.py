@@ -252,10 +252,10 @@ def test_sentencepiece_has_its_files_special_tokens(proto, tmp_path):
     expected = [*model.encode("the ant"), 2, *model.encode("banana"), 2]
     assert pack(["the ant", "banana"], tokenizer).tolist() == expected
     path.write_bytes(proto[:100])
-    with pytest.raises(ValueError, match="m.model is not a SentencePiece"):
+    with pytest.raises(ValueError, match="m.model: `proto` is not a SentenceP"):
         load_tokenizer(path)
     path.write_bytes(b"")
-    with pytest.raises(ValueError, match="m.model is not a SentencePiece"):
+    with pytest.raises(ValueError, match="m.model: `proto` is not a SentenceP"):
         load_tokenizer(path)
 
 
