@@ -267,12 +267,11 @@ def prepare(args, ks, keras):
     shape = (args.batch_size, args.sequence_length)
     training = [corpus.training for corpus in corpora]
     if len(corpora) == 1:
-        batches = ks.TokenBatches(training[0], *shape, seed=args.seed)
         weights = [1.0]
+        batches = ks.TokenBatches(training[0], *shape, seed=args.seed)
     else:
-        batches = ks.MixedBatches(
-            training, *shape, weights=args.weights, seed=args.seed
-        )
+        how = {"weights": args.weights, "seed": args.seed}
+        batches = ks.MixedBatches(training, *shape, **how)
         weights = batches.weights
     most = max(int(args.validation_tokens // (shape[0] * shape[1])), 1)
     evaluations = [

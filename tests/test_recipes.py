@@ -26,6 +26,13 @@ def pretrain():
     return module
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Where the recipes keep tokens, in the tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    return tmp_path / "home/keras_stable"
+
+
 @pytest.fixture
 def text(tmp_path):
     file = tmp_path / "text.txt"
@@ -88,6 +95,62 @@ def test_as_a_command(text, tmp_path):
     assert run == ks.read_run(tmp_path / "run")
 
 
+def test_several_corpora_a_learned_tokenizer_and_a_cache(
+    pretrain, text, tmp_path, cache, capsys
+):
+    other = tmp_path / "hub"
+    other.mkdir()
+    rows = [json.dumps({"text": f"Row {i} of it. " * 4}) for i in range(60)]
+    (other / "train.jsonl").write_text("\n".join(rows))
+    hub = f"hf:{other}?documents=50"
+    flags = [*TINY, "--steps", "6", "--data", text, "--data", hub]
+    flags += ["--weights", "3", "1", "--z-loss", "1e-4"]
+    flags += "--cycles 2 --cycle-growth 2 --peak-decay 0.5".split()
+    flags += "--rewarmup-steps 1 --warmup-steps 1".split()
+    pretrain.main(
+        [*flags, "--tokenizer", "bpe:270", "--out", str(tmp_path / "a")]
+    )
+    run = ks.read_run(tmp_path / "a")
+    assert run["status"] == "finished" and run["config"]["data"] == [text, hub]
+    first, second = run["corpus"]["corpora"]
+    assert second["documents"] == 50 and second["source"] == hub
+    assert first["weight"] == pytest.approx(0.75, abs=1e-5)
+    assert run["validation_loss"] == pytest.approx(
+        0.75 * first["validation_loss"] + 0.25 * second["validation_loss"],
+        abs=1e-4,
+    )
+    assert first["validation_loss"] != second["validation_loss"]
+    for name in ("training_tokens", "validation_tokens", "documents"):
+        assert run["corpus"][name] == first[name] + second[name]
+    printed = capsys.readouterr().out
+    assert f"{second['validation_loss']:.4f}" in printed and hub in printed
+    lm = keras.models.load_model(tmp_path / "a/model.keras")
+    assert lm.backbone.variant.architecture.z_loss == 1e-4
+    config = lm.optimizer.get_config()["learning_rate"]["config"]
+    assert config["cycles"] == 2 and config["cycle_growth"] == 2
+    assert config["peak_decay"] == 0.5 and config["rewarmup_steps"] == 1
+    vocabulary = lm.preprocessor.tokenizer.get_vocabulary()
+    assert len(vocabulary) == run["corpus"]["vocabulary_size"] <= 270
+
+    # Again with what was learned: the same tokens, and the same numbers.
+    entries = sorted(cache.iterdir())
+    assert len(entries) == 6
+    learned = str(tmp_path / "a/tokenizer.json")
+    again = str(tmp_path / "b")
+    pretrain.main([*flags, "--tokenizer", learned, "--out", again])
+    assert sorted(cache.iterdir()) == entries
+    other_run = ks.read_run(again)
+    assert other_run["corpus"] == run["corpus"]
+    assert other_run["validation_loss"] == run["validation_loss"]
+
+
+def test_without_a_cache(pretrain, text, tmp_path, cache):
+    out = str(tmp_path / "run")
+    flags = [*TINY, "--data", text, "--steps", "2", "--out", out]
+    pretrain.main([*flags, "--cache", "none"])
+    assert not cache.exists()
+
+
 BAD = {
     "--variant qk_nrom": "Did you mean 'qk_norm'",
     "--size 10mm": "Unknown size. Did you mean '10m'",
@@ -96,6 +159,12 @@ BAD = {
     "--schedule cosin": "Did you mean 'cosine'",
     "--distribution dat": "Did you mean 'data'",
     "--tokenizer bytes": "Did you mean 'byte'",
+    "--tokenizer bpe:9": "from 257",
+    "--tokenizer nowhere/tokenizer.json": "No tokenizer at 'nowhere",
+    "--tokenizer BINARY": "No tokenizer at",
+    "--data hf:EMPTY?colum=x": "Unknown key",
+    "--cache EMPTY": "Cannot write tokens to the cache",
+    "--cycles 9 --schedule constant": "nothing to restart",
     "--hidden-dim 15": "multiple of `num_heads`",
     "--data nowhere.txt": "No file at or matching",
     "--data EMPTY": "No text in",
@@ -140,6 +209,11 @@ def test_bad_input_is_one_clear_sentence(pretrain, text, tmp_path, flags):
         "--steps 0": "invalid positive integer value: '0'",
         "--steps 3 --tokens 9": "give one of them",
         "--stepz 3": "unrecognized arguments",
+        "--weights 1 2": "2 numbers for 1 corpora",
+        "--data a --data b --weights 1": "1 numbers for 2 corpora",
+        "--data a --weights 0": "invalid positive number value: '0'",
+        "--z-loss inf": "invalid positive number value: 'inf'",
+        "--cycles 0": "invalid positive integer value: '0'",
     }.items(),
 )
 def test_bad_numbers(pretrain, flags, message, capsys):
