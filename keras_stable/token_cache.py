@@ -31,6 +31,8 @@ from keras_stable.tokenizers import token_dtype
 VERSION = 1
 SIDES = ("training", "validation")
 BLOCK = 2**24
+# Held in memory before they are tokenized.
+CHARACTERS = 2**22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,7 +174,7 @@ def _reuse(manifest, wanted):
 
 def _make(documents, tokenizer, fraction, sinks):
     """Tokenizes a corpus into two sinks; returns the number of documents."""
-    count, waiting = 0, ([], [])
+    count, size, waiting = 0, 0, ([], [])
 
     def flush():
         for texts, sink in zip(waiting, sinks):
@@ -183,8 +185,10 @@ def _make(documents, tokenizer, fraction, sinks):
     pairs = split_stream(documents, fraction)
     for count, (is_validation, text) in enumerate(pairs, 1):
         waiting[is_validation].append(text)
-        if count % 256 == 0:
+        size += len(text)
+        if size > CHARACTERS:
             flush()
+            size = 0
     flush()
     return count
 
@@ -243,7 +247,7 @@ def tokenize_corpus(source, tokenizer, validation_fraction=0.1, cache=None):
                             split(load_corpus(source), validation_fraction))
     ```
 
-    with 256 documents in memory at a time, and, given a `cache`, no tokens:
+    with a few megabytes of text in memory, and, given a `cache`, no tokens:
     they are written to files there, and mapped. A later call with the same
     arguments maps them again. Before, it verifies the tokenizer, paths, sizes
     and times of the corpus's files (of a dataset on the Hub, which needs the

@@ -319,6 +319,19 @@ def token_dtype(tokenizer):
     return np.min_scalar_type(tokenizer.vocabulary_size() - 1)
 
 
+def _groups(documents, characters=2**19):
+    """Lists of documents, for tokenizers that use all cores."""
+    group, size = [], 0
+    for document in documents:
+        if group and size + len(document) > characters:
+            yield group
+            group, size = [], 0
+        group.append(document)
+        size += len(document)
+    if group:
+        yield group
+
+
 def encode(documents, tokenizer):
     """The pieces of `pack`: each document's tokens, end token included.
 
@@ -332,10 +345,11 @@ def encode(documents, tokenizer):
     dtype = token_dtype(tokenizer)
     end = getattr(tokenizer, "end_token_id", None)
     end = np.array([] if end is None else [end], dtype)
-    # Several at once, for tokenizers that use all cores; not all at once, for
-    # most return lists of Python's integers.
-    for i in range(0, len(documents), 64):
-        for ids in tokenizer.tokenize(list(documents[i : i + 64])):
+    for group in _groups(documents):
+        # A list makes lists of Python's integers, nine times their size.
+        alone = len(group) == 1
+        rows = tokenizer.tokenize(group[0] if alone else group)
+        for ids in [rows] if alone else rows:
             if keras.ops.is_tensor(ids):
                 ids = keras.ops.convert_to_numpy(ids)
             yield np.concatenate([np.asarray(ids).astype(dtype), end])
