@@ -10,6 +10,7 @@ from keras import ops
 from keras_stable import backend
 from keras_stable import telemetry
 from keras_stable.choices import Softmax
+from keras_stable.entropy import MASKED
 from keras_stable.randomness import dropout
 
 
@@ -126,7 +127,7 @@ def attend(
         z = soft_cap(z, softmax.cap)
     penalty = None if penalize is None else penalize(z, mask)
     # Not -inf: its gradient through a fully masked row would be NaN.
-    p = ops.softmax(ops.where(mask, z, -1e30), axis=-1)
+    p = ops.softmax(ops.where(mask, z, MASKED), axis=-1)
     if softmax.clip is not None:
         clip = softmax.clip
         gamma = clip.gamma

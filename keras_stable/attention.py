@@ -180,9 +180,7 @@ class CausalSelfAttention(keras.layers.Layer):
     def make_cache(self, batch_size, length):
         """An empty cache: keys and values, zeros (B, length, K, H)."""
         shape = (batch_size, length, self.num_key_value_heads, self._head_dim)
-        return ops.zeros(shape, self.compute_dtype), ops.zeros(
-            shape, self.compute_dtype
-        )
+        return tuple(ops.zeros(shape, self.compute_dtype) for _ in range(2))
 
     def _heads(self, x, norm, positions=None):
         """(B, T, heads * H) to (B, T, heads, H), normed and rotated."""
@@ -191,8 +189,10 @@ class CausalSelfAttention(keras.layers.Layer):
         how = self.variant.qkv_norm
 
         def normalize(x):
-            if norm is None or how.scope == "head":
-                return x if norm is None else norm(x)
+            if norm is None:
+                return x
+            if how.scope == "head":
+                return norm(x)
             return ops.reshape(norm(ops.reshape(x, (B, T, width))), shape)
 
         x = ops.reshape(x, shape)

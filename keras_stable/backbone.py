@@ -218,8 +218,7 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
         x_BTD = self.embed(token_ids, segment_ids=padding_mask)
         for layer in self.transformer_layers:
             x_BTD = layer(x_BTD, segment_ids=padding_mask)
-        if self.final_norm is not None:
-            x_BTD = self.final_norm(x_BTD)
+        x_BTD = self.finish(x_BTD)
         super().__init__(
             inputs={"token_ids": token_ids, "padding_mask": padding_mask},
             outputs=x_BTD,
@@ -242,6 +241,10 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
         if self.embedding_dropout is not None:
             x_BTD = self.embedding_dropout(x_BTD)
         return x_BTD
+
+    def finish(self, x_BTD):
+        """What leaves the last block, with the final norm if there is one."""
+        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     def make_cache(self, batch_size, length):
         """An empty cache for `decode`: a pair (keys, values) for each block.
@@ -281,9 +284,7 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
         for layer, old in zip(self.transformer_layers, cache):
             x_BTD, pair = layer(x_BTD, cache=old, start=start)
             new.append(pair)
-        if self.final_norm is not None:
-            x_BTD = self.final_norm(x_BTD)
-        return x_BTD, new
+        return self.finish(x_BTD), new
 
     def __call__(self, inputs, *args, **kwargs):
         return super().__call__(complete(inputs), *args, **kwargs)

@@ -9,6 +9,7 @@ parametrised: `SigmaReparam`. What the model is made of otherwise:
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 from dataclasses import dataclass
 
@@ -71,6 +72,17 @@ def check_number(value, what, low=-math.inf):
         raise ValueError(
             f"{what} must be a finite number{bound}. Received: {value!r}"
         )
+
+
+def check_integer(value, what, low, high=None):
+    """`value` as an int, or a `ValueError` unless `low <= value < high`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or value < low or (high is not None and value >= high):
+        bound = f"at least {low}" + (f" and below {high}" if high else "")
+        raise ValueError(
+            f"{what} must be an integer, {bound}. Received: {value!r}"
+        )
+    return int(value)
 
 
 def check_expression(text, what):

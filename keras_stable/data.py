@@ -3,21 +3,11 @@
 B batch, T sequence length, N tokens, W windows of a pass, V vocabulary.
 """
 
-import hashlib
-
 import grain
 import numpy as np
 
-
-def check_integer(value, what, low, high=None):
-    """`value` as an int, or a `ValueError` unless `low <= value < high`."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < low or (high is not None and value >= high):
-        bound = f"at least {low}" + (f" and below {high}" if high else "")
-        raise ValueError(
-            f"`{what}` must be an integer, {bound}. Received: {value!r}"
-        )
-    return int(value)
+from keras_stable.choices import check_integer
+from keras_stable.tokenizers import token_digest
 
 
 def _check_tokens(tokens, vocabulary_size=None):
@@ -36,7 +26,7 @@ def _check_tokens(tokens, vocabulary_size=None):
     if low < 0:
         raise ValueError(f"Token ids must not be negative. Received: {low}")
     if vocabulary_size is not None:
-        vocabulary_size = check_integer(vocabulary_size, "vocabulary_size", 1)
+        vocabulary_size = check_integer(vocabulary_size, "`vocabulary_size`", 1)
         if high >= vocabulary_size:
             raise ValueError(
                 f"Token ids must be in [0, {vocabulary_size}), the vocabulary. "
@@ -47,14 +37,6 @@ def _check_tokens(tokens, vocabulary_size=None):
     if tokens.dtype.kind != "u":
         tokens = tokens.astype(smallest)
     return tokens, smallest
-
-
-def _sha256(tokens, dtype):
-    """Of the tokens as `dtype`, block by block."""
-    digest = hashlib.sha256()
-    for i in range(0, len(tokens), 2**22):
-        digest.update(tokens[i : i + 2**22].astype(dtype, copy=False))
-    return digest.hexdigest()
 
 
 class TokenBatches(grain.MapDataset):
@@ -133,11 +115,11 @@ class TokenBatches(grain.MapDataset):
         separator_id=None,
         vocabulary_size=None,
     ):
-        self.batch_size = check_integer(batch_size, "batch_size", 1)
+        self.batch_size = check_integer(batch_size, "`batch_size`", 1)
         self.sequence_length = check_integer(
-            sequence_length, "sequence_length", 1
+            sequence_length, "`sequence_length`", 1
         )
-        seed = check_integer(seed, "seed", 0, 2**32)
+        seed = check_integer(seed, "`seed`", 0, 2**32)
         if mask_documents and separator_id is None:
             raise ValueError(
                 "`mask_documents=True` needs `separator_id`, the id that ends "
@@ -174,7 +156,7 @@ class TokenBatches(grain.MapDataset):
         )
         self.first_step = 0
         self.fingerprint = {
-            "tokens": _sha256(tokens, smallest),
+            "tokens": token_digest(tokens, smallest),
             "num_tokens": len(tokens),
             "batch_size": self.batch_size,
             "sequence_length": self.sequence_length,
@@ -213,7 +195,7 @@ class TokenBatches(grain.MapDataset):
             int64 array (B,), `pass * num_windows + window`: no sample of any
             pass has another's index. It does not depend on `set_state`.
         """
-        step = check_integer(step, "step", 0)
+        step = check_integer(step, "`step`", 0)
         # One process of several would take its rows of the batch here.
         windows = np.asarray(self._order[step], "int64")
         return step // len(self) * self.num_windows + windows
@@ -255,7 +237,7 @@ class TokenBatches(grain.MapDataset):
             Dictionary that JSON can hold: `"step"` and `"fingerprint"`.
         """
         step = self.first_step if step is None else step
-        step = check_integer(step, "step", 0)
+        step = check_integer(step, "`step`", 0)
         return {"step": step, "fingerprint": dict(self.fingerprint)}
 
     def set_state(self, state):
@@ -284,7 +266,7 @@ class TokenBatches(grain.MapDataset):
                 f"The state belongs to other batches: {differences}. Resume "
                 "with the same text and settings, or begin anew without it."
             )
-        self.first_step = check_integer(step, "step", 0)
+        self.first_step = check_integer(step, "`step`", 0)
 
     def __str__(self):
         return (

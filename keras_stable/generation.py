@@ -165,8 +165,12 @@ def check_assistant(lm, assistant):
         )
 
 
-def check_prompts(inputs, sampler):
-    """Raises unless every row has a token to continue."""
+def check_prompts(inputs, assistant=None):
+    """Raises unless every row has a token to continue.
+
+    With an assistant, which only speculative sampling has, rows must also
+    have equally many.
+    """
     mask = ops.convert_to_numpy(inputs["padding_mask"]) != 0
     lengths = mask.sum(-1)
     if lengths.min() == 0:
@@ -174,8 +178,7 @@ def check_prompts(inputs, sampler):
             "A prompt is empty, and the tokenizer has no start token: there "
             "is nothing to continue. Give at least one token."
         )
-    speculative = isinstance(sampler, keras_hub.samplers.SpeculativeSampler)
-    if speculative and lengths.min() != lengths.max():
+    if assistant is not None and lengths.min() != lengths.max():
         raise ValueError(
             "KerasHub's `SpeculativeSampler` writes over the end of longer "
             "prompts: give prompts of one length, or one at a time. Received: "

@@ -8,13 +8,13 @@ import numpy as np
 from keras import ops
 
 from keras_stable import backend
+from keras_stable.entropy import MASKED
 
 # Of an attention core, per head.
 HEAD_STATISTICS = ("max_logit", "max_logit_capped", "entropy")
 # Sequences, and queries of each, that logits are computed for where no kernel
 # gives them: in the full table, and in every step.
 SAMPLE, SAMPLE_EACH_STEP = (4, 64), (2, 32)
-MASKED = -1e30
 # The largest float32 whose arctanh is finite.
 CLOSE = 1 - 2.0**-24
 

@@ -6,9 +6,9 @@ B batch, T sequence length, C corpora, r row of the whole run.
 import grain
 import numpy as np
 
+from keras_stable.choices import check_integer
 from keras_stable.choices import check_number
 from keras_stable.data import TokenBatches
-from keras_stable.data import check_integer
 
 # Of what weights are whole multiples; r * PARTS stays below 2**63.
 PARTS = 2**20
@@ -129,8 +129,8 @@ class MixedBatches(TokenBatches):
                 "`weights` must be one number a corpus. Received: "
                 f"{len(weights)} for {len(corpora)} corpora"
             )
-        self.batch_size = check_integer(batch_size, "batch_size", 1)
-        seed = check_integer(seed, "seed", 0, 2**32)
+        self.batch_size = check_integer(batch_size, "`batch_size`", 1)
+        seed = check_integer(seed, "`seed`", 0, 2**32)
         # One row at a time of each corpus, in an order of its own.
         self.corpora = []
         for c, tokens in enumerate(corpora):
@@ -188,7 +188,7 @@ class MixedBatches(TokenBatches):
             int64 array (B,). No sample of any corpus and pass has another's
             index; `sample_indices % C` are the corpora.
         """
-        step = check_integer(step, "step", 0)
+        step = check_integer(step, "`step`", 0)
         rows = step * self.batch_size + np.arange(self.batch_size)
         corpus, count = assign(rows, self._parts)
         samples = np.empty_like(rows)

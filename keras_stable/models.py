@@ -55,6 +55,10 @@ class StableCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         )
 
 
+def _preprocessor(tokenizer):
+    return None if tokenizer is None else StableCausalLMPreprocessor(tokenizer)
+
+
 def z_loss(logits, sample_weight=None):
     """`mean(w * logsumexp(logits)^2)`: keeps the softmax's scale near one.
 
@@ -140,10 +144,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             raise nearest(size, SIZES, "size")
         config = {**SIZES[size], "variant": variant, **kwargs}
         backbone = StableBackbone(vocabulary_size, **config)
-        preprocessor = None
-        if tokenizer is not None:
-            preprocessor = StableCausalLMPreprocessor(tokenizer)
-        return cls(backbone, preprocessor)
+        return cls(backbone, _preprocessor(tokenizer))
 
     @classmethod
     def from_transformers(cls, source, **kwargs):
@@ -154,10 +155,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             **kwargs: `dropout`, `dtype`, and others of `StableBackbone`.
         """
         backbone, tokenizer = checkpoints.read(source, **kwargs)
-        preprocessor = None
-        if tokenizer is not None:
-            preprocessor = StableCausalLMPreprocessor(tokenizer)
-        return cls(backbone, preprocessor)
+        return cls(backbone, _preprocessor(tokenizer))
 
     def to_transformers(self, path, **kwargs):
         """Writes what `transformers` reads: see `checkpoints.write`.
@@ -262,7 +260,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
 
         def generate(inputs, stop_token_ids=None):
             self._check_ids(inputs)
-            generation.check_prompts(inputs, self.sampler)
+            generation.check_prompts(inputs, assistant)
             if assistant is not None:
                 values = [v.value for v in assistant.variables]
                 inputs = {**inputs, "assistant": values}
@@ -330,9 +328,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         x = intercept(x, -1)
         for i, layer in enumerate(backbone.transformer_layers):
             x = intercept(layer(x, segment_ids=padding_mask), i)
-        if backbone.final_norm is not None:
-            x = backbone.final_norm(x)
-        logits = backbone.token_embedding(x, reverse=True)
+        logits = backbone.token_embedding(backbone.finish(x), reverse=True)
         if scoring_mode == "logits":
             return logits
         return keras.losses.sparse_categorical_crossentropy(

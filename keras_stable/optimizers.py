@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_stable.choices import check_choice
-from keras_stable.schedules import integer_in
+from keras_stable.choices import check_integer
 from keras_stable.schedules import number_in
 
 # On torch, Keras replaces its own AdamW, but no subclass of it, by one that
@@ -216,7 +216,7 @@ def _peak(learning_rate, peak):
 def _accumulation(steps, use_ema):
     if steps is None:
         return None
-    steps = integer_in(steps, "`gradient_accumulation_steps`", low=1)
+    steps = check_integer(steps, "`gradient_accumulation_steps`", low=1)
     if steps > 1 and use_ema:
         # Keras averages after every batch, not after every update.
         raise ValueError(

@@ -4,22 +4,11 @@ import json
 import os
 from pathlib import Path
 
+from keras_stable.tensor_files import read_json
+
 # What `save_to_preset` writes with a dtype policy in it.
 _CONFIGS = ("config.json", "task.json")
 _SHARDS = "model.weights.json"
-
-
-def _read(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} must hold a JSON object. Received: "
-            f"{type(content).__name__}"
-        )
-    return content
 
 
 def store_plainly(directory):
@@ -43,35 +32,39 @@ def store_plainly(directory):
 
     for path in (Path(directory, name) for name in _CONFIGS):
         if path.exists():
-            path.write_text(json.dumps(plain(_read(path)), indent=4))
+            path.write_text(json.dumps(plain(read_json(path)), indent=4))
 
 
 def check(preset):
-    """Raises `ValueError` for a local preset that is no sound one.
+    """Raises for a local preset that is no sound one.
 
     Keras itself imports nothing but Keras's and registered classes, and runs
     no code that a configuration names.
+
+    Raises:
+        FileNotFoundError: if there is no configuration.
+        ValueError: if a file is no JSON object, or weights are elsewhere.
     """
     directory = Path(preset)
     if not directory.is_dir():
         return
-    for name in ("config.json", "task.json", "preprocessor.json", _SHARDS):
-        path = directory / name
-        if name != "config.json" and not path.exists():
-            continue
-        content = _read(path)
-        if name == _SHARDS:
-            files = content.get("weight_map")
-            files = files.values() if isinstance(files, dict) else [None]
-            for file in (f for each in files for f in _listed(each)):
-                if not isinstance(file, str) or file != os.path.basename(file):
-                    raise ValueError(
-                        f"{path} names weights outside of the preset: {file!r}"
-                    )
+    read_json(directory / "config.json")
+    for name in ("task.json", "preprocessor.json"):
+        if (directory / name).exists():
+            read_json(directory / name)
+    if (directory / _SHARDS).exists():
+        _check_shards(directory / _SHARDS)
 
 
-def _listed(value):
-    return value if isinstance(value, list) else [value]
+def _check_shards(path):
+    files = read_json(path).get("weight_map")
+    files = files.values() if isinstance(files, dict) else [None]
+    for each in files:
+        for file in each if isinstance(each, list) else [each]:
+            if not isinstance(file, str) or file != os.path.basename(file):
+                raise ValueError(
+                    f"{path} names weights outside of the preset: {file!r}"
+                )
 
 
 class Presets:
@@ -92,8 +85,8 @@ class Presets:
         Raises:
             ValueError: if it is damaged, incomplete, or of another model.
         """
-        check(preset)
         try:
+            check(preset)
             return super().from_preset(preset, *args, **kwargs)
         except (OSError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(

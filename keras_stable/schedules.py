@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_stable.choices import check_choice
+from keras_stable.choices import check_integer
 from keras_stable.choices import check_number
 
 # How the learning rate falls from its peak: f(q) goes from 1 at q = 0, where
@@ -31,16 +32,6 @@ def number_in(value, what, low=0.0, high=math.inf):
         bound += "" if high == math.inf else f" and less than {high:g}"
         raise ValueError(f"{what} must be {bound}. Received: {value!r}")
     return value
-
-
-def integer_in(value, what, low):
-    """`value` as an int, or a `ValueError` unless it is one, `>= low`."""
-    integer = isinstance(value, numbers.Integral)
-    if not integer or isinstance(value, bool) or value < low:
-        raise ValueError(
-            f"{what} must be an integer, at least {low}. Received: {value!r}"
-        )
-    return int(value)
 
 
 @keras.saving.register_keras_serializable("keras_stable")
@@ -160,17 +151,17 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
         super().__init__()
         check_choice(shape, SCHEDULES, "schedule shape")
         self.peak = number_in(peak, "`peak`")
-        self.total_steps = integer_in(total_steps, "`total_steps`", low=1)
+        self.total_steps = check_integer(total_steps, "`total_steps`", low=1)
         if warmup_steps is None:
             warmup_steps = self.total_steps // 20
-        self.warmup_steps = integer_in(warmup_steps, "`warmup_steps`", low=0)
+        self.warmup_steps = check_integer(warmup_steps, "`warmup_steps`", low=0)
         self.shape = shape
         self.final = number_in(final, "`final`")
         self.decay_fraction = number_in(decay_fraction, "`decay_fraction`")
-        self.cycles = integer_in(cycles, "`cycles`", low=1)
+        self.cycles = check_integer(cycles, "`cycles`", low=1)
         self.cycle_growth = number_in(cycle_growth, "`cycle_growth`")
         self.peak_decay = number_in(peak_decay, "`peak_decay`")
-        self.rewarmup_steps = integer_in(
+        self.rewarmup_steps = check_integer(
             rewarmup_steps, "`rewarmup_steps`", low=0
         )
         self.name = name

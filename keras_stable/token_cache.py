@@ -25,12 +25,12 @@ from keras_stable.corpora import split_stream
 from keras_stable.corpora import stream_corpus
 from keras_stable.hub import pin
 from keras_stable.tokenizers import encode
+from keras_stable.tokenizers import token_digest
 from keras_stable.tokenizers import token_dtype
 
 # Of these files. Raised when they, or what is tokenized, change.
 VERSION = 1
 SIDES = ("training", "validation")
-BLOCK = 2**24
 # Held in memory before they are tokenized.
 CHARACTERS = 2**22
 
@@ -136,10 +136,7 @@ def _open(path, expected, dtype):
     tokens = np.load(path, mmap_mode="r", allow_pickle=False)
     if tokens.dtype != dtype or tokens.shape != (expected["count"],):
         raise ValueError(f"{path.name} has another shape or dtype")
-    digest = hashlib.sha256()
-    for i in range(0, len(tokens), BLOCK):
-        digest.update(tokens[i : i + BLOCK])
-    if digest.hexdigest() != expected["sha256"]:
+    if token_digest(tokens, dtype) != expected["sha256"]:
         raise ValueError(f"{path.name} was changed: its sha256 differs")
     return tokens
 

@@ -3,6 +3,7 @@
 They have KerasHub's interface and do without TensorFlow.
 """
 
+import hashlib
 from pathlib import Path
 
 import keras
@@ -317,6 +318,14 @@ class SentencePieceTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
 def token_dtype(tokenizer):
     """The smallest unsigned dtype for a tokenizer's ids."""
     return np.min_scalar_type(tokenizer.vocabulary_size() - 1)
+
+
+def token_digest(tokens, dtype):
+    """sha256 of tokens as `dtype`, block by block: they may be a map."""
+    digest = hashlib.sha256()
+    for i in range(0, len(tokens), 2**22):
+        digest.update(tokens[i : i + 2**22].astype(dtype, copy=False))
+    return digest.hexdigest()
 
 
 def _groups(documents, characters=2**19):

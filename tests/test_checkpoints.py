@@ -3,9 +3,9 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
+import fresh
 import keras
 import numpy as np
 import pytest
@@ -323,11 +323,7 @@ def test_loads_in_a_fresh_process(theirs, tmp_path):
         "np.testing.assert_allclose(y, np.load(d+'/logits.npy'), atol=1e-5)\n"
         "assert 'transformers' not in sys.modules\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        check=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
+    fresh.run(code, tmp_path)
     assert path.is_dir()
 
 

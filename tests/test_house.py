@@ -21,12 +21,12 @@ NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "positions", "norms"},
-        *{"weight_names", "tensor_files", "presets"},
+        *{"weight_names", "tensor_files", "entropy"},
     },
-    {"variant"},
+    {"variant", "presets"},
     {"variants", "schedules", "hub", "distribution", "config_keys"},
     {
-        *{"logits", "entropy", "records", "layerwise", "budget"},
+        *{"logits", "records", "layerwise", "budget"},
         *{"layer_kinds", "corpora"},
     },
     {"telemetry", "family", "tokenizers"},

@@ -1,9 +1,6 @@
 """The backbone and the language model, over all variants."""
 
-import os
-import subprocess
-import sys
-
+import fresh
 import keras
 import numpy as np
 import pytest
@@ -120,11 +117,7 @@ def test_loads_in_a_fresh_process(tmp_path):
         "assert int(lm.optimizer.iterations) == 1\n"
         "assert lm.preprocessor.tokenizer.vocabulary_size() == 256\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        check=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
+    fresh.run(code, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """Presets, LoRA and quantisation, by us and by stock KerasHub."""
 
 import json
-import os
-import subprocess
-import sys
 
+import fresh
 import keras
 import keras_hub
 import numpy as np
@@ -61,11 +59,7 @@ def test_a_preset_loads_in_a_fresh_process(tmp_path):
         "lm.compile(sampler='greedy')\n"
         "assert lm.generate('ab', max_length=8).startswith('ab')\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        check=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"},
-    )
+    fresh.run(code, tmp_path)
 
 
 @pytest.mark.parametrize("variant", ["baseline", "sigma_reparam"])
