@@ -31,7 +31,7 @@ def visible(length, positions=None, segment_ids=None, sliding_window=None):
     last `sliding_window`. Padding (segment 0) sees padding only, so that its
     rows stay finite. `positions` (T,) of the queries default to all.
     """
-    s = ops.arange(length)
+    s = ops.arange(length, dtype="int32")
     t = (s if positions is None else positions)[:, None]
     mask = s <= t
     if sliding_window is not None:

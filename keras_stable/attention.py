@@ -221,7 +221,7 @@ class CausalSelfAttention(keras.layers.Layer):
         key = apply_linear(self.key, x_BTD, state)
         value = apply_linear(self.value, x_BTD, state)
 
-        positions = ops.arange(ops.shape(x_BTD)[1])
+        positions = ops.arange(ops.shape(x_BTD)[1], dtype="int32")
         if cache is not None:
             positions = positions + start
         rotary = self.variant.architecture.position == "rope"

@@ -87,13 +87,14 @@ class PositionEmbedding(keras.layers.Layer):
 
     def call(self, x_BTD, segment_ids=None, start=0):
         length = x_BTD.shape[1]
-        if length is not None and length > self.max_sequence_length:
+        # When exported, a symbol.
+        if isinstance(length, int) and length > self.max_sequence_length:
             raise ValueError(
                 "The sequence is longer than the learned positions. Build the "
                 f"model with max_sequence_length={length} or more. Received: "
                 f"{length} tokens, {self.max_sequence_length} positions"
             )
-        positions = start + ops.arange(ops.shape(x_BTD)[1])
+        positions = start + ops.arange(ops.shape(x_BTD)[1], dtype="int32")
         if segment_ids is None:
             return x_BTD + ops.take(self.embeddings, positions, axis=0)
         # A document starts at the first column with the same id.

@@ -1,10 +1,22 @@
-"""Presets: KerasHub's directories of configuration, weights and tokenizer."""
+"""Presets: KerasHub's directories of configuration, weights and tokenizer;
+and exported programs, which need none of this package to run.
+"""
 
 import json
 import os
 from pathlib import Path
 
+import keras
+
+from keras_stable import backend
 from keras_stable.tensor_files import read_json
+
+# Formats of `export`, by backend, for rows and batches of any length.
+EXPORTS = {
+    "jax": ("tf_saved_model",),
+    "tensorflow": ("tf_saved_model",),
+    "torch": ("torch",),
+}
 
 # What `save_to_preset` writes with a dtype policy in it.
 _CONFIGS = ("config.json", "task.json")
@@ -68,7 +80,7 @@ def _check_shards(path):
 
 
 class Presets:
-    """What presets add to KerasHub's models, with every error named."""
+    """What presets and export add to KerasHub's models, with named errors."""
 
     def save_to_preset(self, preset_dir, *args, **kwargs):
         """Saves a preset: see `keras_hub.models.Backbone.save_to_preset`.
@@ -93,3 +105,34 @@ class Presets:
                 f"The preset {str(preset)!r} cannot be loaded; it is damaged "
                 f"or incomplete. {type(error).__name__}: {error}"
             ) from error
+
+    def export(self, filepath, format=None, **kwargs):
+        """Writes a program that runs without Keras: see `keras.Model.export`.
+
+        It takes `{"token_ids": ids}`, int32 (B, T) of any B and T. Attention is
+        causal, so rows may be padded at their end and need no mask.
+
+        Args:
+            filepath: path; on torch it must end in `.pt2`.
+            format: `"tf_saved_model"` on jax and tensorflow (TensorFlow must be
+                installed), `"torch"` on torch: their defaults.
+            **kwargs: of `keras.Model.export`.
+
+        Raises:
+            ValueError: for a format that the backend does not export to.
+        """
+        name = keras.backend.backend()
+        format = format or EXPORTS[name][0]
+        if format not in EXPORTS[name]:
+            raise ValueError(
+                f"On {name}, a language model exports to "
+                f"{' or '.join(EXPORTS[name])}. Received: format={format!r}. "
+                "Saved files and presets load on all backends: "
+                + "; ".join(f"{k} writes {v[0]}" for k, v in EXPORTS.items())
+            )
+        ids = keras.layers.InputSpec(
+            shape=(None, None), dtype="int32", name="token_ids"
+        )
+        options = {"input_signature": [{"token_ids": ids}]}
+        options |= backend.export_options({"token_ids": 2})
+        return super().export(filepath, format=format, **(options | kwargs))

@@ -10,6 +10,7 @@ import keras_hub
 import numpy as np
 import tokenizers as huggingface
 
+from keras_stable import byte_level
 from keras_stable.choices import nearest
 from keras_stable.hub import SEPARATOR
 from keras_stable.tokenizers import ROLES
@@ -77,7 +78,8 @@ class BPETokenizer(TextTokenizer):
 
     A learned one (`train`) splits text as GPT-2 does and knows all 256 bytes:
     every text has ids, and `detokenize(tokenize(text)) == text`. Bytes that
-    are not valid UTF-8, as a model may write, are decoded as U+FFFD. Ids are
+    are not valid UTF-8, as a model may write, are decoded as U+FFFD;
+    `tokenize_bytes` and `detokenize_bytes` keep any bytes. Ids are
     those of `transformers` with `add_special_tokens=False`; `StableCausalLM`
     adds the start token to prompts, and `pack` the end token to documents.
 
@@ -245,6 +247,14 @@ class BPETokenizer(TextTokenizer):
 
     def _decode(self, ids):
         return self._vocabulary().decode(ids.tolist())
+
+    def tokenize_bytes(self, data):
+        """Int32 ids (length,) of bytes, text or not; for byte-level ones."""
+        return byte_level.tokenize(self._vocabulary(), data)
+
+    def detokenize_bytes(self, ids):
+        """The bytes of ids: `detokenize_bytes(tokenize_bytes(x)) == x`."""
+        return byte_level.detokenize(self._vocabulary(), ids)
 
     def vocabulary_size(self):
         """The largest id plus one: a few may belong to no token."""

@@ -21,7 +21,7 @@ NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "positions", "norms"},
-        *{"weight_names", "tensor_files", "entropy"},
+        *{"weight_names", "tensor_files", "entropy", "byte_level"},
     },
     {"variant", "presets"},
     {"variants", "schedules", "hub", "distribution", "config_keys"},

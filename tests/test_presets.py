@@ -150,3 +150,36 @@ def test_a_damaged_preset_is_an_error(how, tmp_path):
     with pytest.raises(ValueError) as error:
         ks.StableBackbone.from_preset(str(path))
     assert len(str(error.value)) > 20
+
+
+# Learned positions; windows, tied embeddings and caps; a length in a formula.
+@pytest.mark.parametrize("variant", ["gpt2", "gemma3", "soft_clip"])
+@pytest.mark.filterwarnings("ignore:The `native_serialization`")  # Keras's.
+def test_an_export_runs_without_keras(variant, tmp_path):
+    lm, on_torch = small(variant), keras.backend.backend() == "torch"
+    ids = np.random.default_rng(1).integers(1, 256, (3, 13)).astype("int32")
+    np.savez(tmp_path / "x.npz", ids=ids, logits=numpy(lm({"token_ids": ids})))
+    path = tmp_path / ("program.pt2" if on_torch else "program")
+    lm.export(path, verbose=False)
+    load = (
+        "import torch\n"
+        "program = torch.export.load(path).module()\n"
+        "y = program({'token_ids': torch.tensor(x['ids'])}).detach()\n"
+        if on_torch
+        else "import tensorflow as tf\n"
+        "program = tf.saved_model.load(path)\n"
+        "y = program.serve({'token_ids': x['ids']})\n"
+    )
+    code = (
+        "import sys, numpy as np\n"
+        "path, x = sys.argv[1], np.load(sys.argv[2])\n"
+        + load
+        + "np.testing.assert_allclose(y.numpy(), x['logits'], atol=1e-5)\n"
+        "assert 'keras_stable' not in sys.modules\n"
+    )
+    fresh.run(code, path, tmp_path / "x.npz")
+
+
+def test_export_names_what_a_backend_can_write(tmp_path):
+    with pytest.raises(ValueError, match="torch writes torch"):
+        small().export(tmp_path / "x.onnx", format="onnx")

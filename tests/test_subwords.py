@@ -17,6 +17,7 @@ import transformers
 import keras_stable as ks
 from keras_stable import BPETokenizer
 from keras_stable import SentencePieceTokenizer
+from keras_stable import byte_level
 from keras_stable import load_tokenizer
 from keras_stable import pack
 
@@ -53,6 +54,35 @@ def gpt2():
 
 
 # BPE.
+
+
+def test_any_bytes_round_trip(bpe, tmp_path):
+    random = np.random.default_rng(0)
+    cases = [b"", bytes(range(256)), UNICODE.encode(), b"\0<|endoftext|>\xff"]
+    cases += [random.bytes(n) for n in range(1, 300, 7)]
+    # A character cut in two: its halves are no text.
+    cases += [b"banana \xe6\xbc", b"\xa2 banana"]
+    bpe.to_file(tmp_path / "tokenizer.json")
+    for tokenizer in (bpe, BPETokenizer.from_file(tmp_path / "tokenizer.json")):
+        for data in cases:
+            ids = tokenizer.tokenize_bytes(data)
+            assert ids.dtype == "int32" and tokenizer.end_token_id not in ids
+            assert tokenizer.detokenize_bytes(ids) == data
+    text = TEXT[0]
+    np.testing.assert_array_equal(
+        bpe.tokenize_bytes(text.encode()), bpe.tokenize(text)
+    )
+    # The table is the library's own alphabet.
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    assert set(byte_level.CHARACTERS.values()) == set(alphabet)
+    assert bpe.get_vocabulary()[bpe.tokenize_bytes(b" ")[0]] == "Ġ"
+
+
+def test_bytes_need_a_byte_level_vocabulary(tmp_path):
+    model = tokenizers.models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a")
+    path, _ = saved(tmp_path, model, ["<eos>"])
+    with pytest.raises(ValueError, match="byte-level"):
+        BPETokenizer.from_file(path).tokenize_bytes(b"a")
 
 
 def test_every_text_round_trips(bpe):

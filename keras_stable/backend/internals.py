@@ -17,6 +17,7 @@ FUNCTIONS = [
     "check_observable",
     "device_name",
     "each_step",
+    "export_options",
     "finish_read",
     "fused",
     "gather",

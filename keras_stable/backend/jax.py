@@ -167,6 +167,15 @@ def each_step(model, collect):
     return replace(model, "_make_function", make_function)
 
 
+def export_options(rank_by_input):
+    """What `Model.export` needs for axes of any length, beyond a signature.
+
+    Args:
+        rank_by_input: dictionary from an input's name to its number of axes.
+    """
+    return {}
+
+
 def gather(packed, steps, store):
     """The vector of one step: replicated, so that each process can read it."""
     distribution = keras.distribution.distribution()

@@ -130,6 +130,15 @@ def each_step(model, collect):
     return lambda: None
 
 
+def export_options(rank_by_input):
+    """What `Model.export` needs for axes of any length, beyond a signature.
+
+    Args:
+        rank_by_input: dictionary from an input's name to its number of axes.
+    """
+    return {}
+
+
 def gather(packed, steps, store):
     """The vector of one step, or those of the last `steps` with a count.
 

@@ -151,6 +151,20 @@ def each_step(model, collect):
     return lambda: None
 
 
+def export_options(rank_by_input):
+    """What `Model.export` needs for axes of any length, beyond a signature.
+
+    Args:
+        rank_by_input: dictionary from an input's name to its number of axes.
+    """
+    any_length = torch.export.Dim.DYNAMIC
+    shapes = {
+        name: dict.fromkeys(range(rank), any_length)
+        for name, rank in rank_by_input.items()
+    }
+    return {"dynamic_shapes": [shapes]}
+
+
 def gather(packed, steps, store):
     """The vector of one step."""
     return packed
