@@ -22,6 +22,7 @@ from keras_stable.norms import LayerNorm as LayerNorm
 from keras_stable.norms import RMSNorm as RMSNorm
 from keras_stable.linear import SigmaReparamDense as SigmaReparamDense
 from keras_stable.positions import PositionEmbedding as PositionEmbedding
+from keras_stable.embeddings import TokenEmbedding as TokenEmbedding
 from keras_stable.attention import CausalSelfAttention as CausalSelfAttention
 from keras_stable.mlp import MLP as MLP
 from keras_stable.block import TransformerBlock as TransformerBlock
@@ -40,6 +41,8 @@ from keras_stable.models import (
 )
 
 # Training.
+from keras_stable.losses import NextTokenLoss as NextTokenLoss
+from keras_stable.losses import next_token_loss as next_token_loss
 from keras_stable.optimizers import AdamW as AdamW
 from keras_stable.schedules import SCHEDULES as SCHEDULES
 from keras_stable.schedules import WarmupSchedule as WarmupSchedule

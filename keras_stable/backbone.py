@@ -11,6 +11,7 @@ from keras_stable import variants
 from keras_stable.block import TransformerBlock
 from keras_stable.choices import check_choice
 from keras_stable.distribution import get_layout_map
+from keras_stable.embeddings import TokenEmbedding
 from keras_stable.norms import make_norm
 from keras_stable.positions import PositionEmbedding
 from keras_stable.presets import Presets
@@ -156,12 +157,12 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
             stddev=INITIALIZERS[initializer](num_layers)
         )
         # KerasHub's names, which its quantisation and LoRA look for.
-        self.token_embedding = keras.layers.ReversibleEmbedding(
+        self.token_embedding = TokenEmbedding(
             vocabulary_size,
             hidden_dim,
             tie_weights=architecture.tie_embeddings,
             embeddings_initializer=normal.clone(),
-            # bfloat16 logits have a resolution of 0.06 at 10.
+            # Of a quantised head: see `TokenEmbedding` for others.
             reverse_dtype="float32",
             logit_soft_cap=architecture.output_cap,
             dtype=dtype,

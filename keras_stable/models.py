@@ -3,6 +3,8 @@
 B batch, T time, D model dimension, V vocabulary.
 """
 
+import contextlib
+
 import keras
 import keras_hub
 import numpy as np
@@ -10,6 +12,7 @@ from keras import ops
 
 from keras_stable import checkpoints
 from keras_stable import generation
+from keras_stable import losses
 from keras_stable.backbone import PAPER_VOCABULARY
 from keras_stable.backbone import SIZES
 from keras_stable.backbone import StableBackbone
@@ -59,23 +62,6 @@ def _preprocessor(tokenizer):
     return None if tokenizer is None else StableCausalLMPreprocessor(tokenizer)
 
 
-def z_loss(logits, sample_weight=None):
-    """`mean(w * logsumexp(logits)^2)`: keeps the softmax's scale near one.
-
-    Args:
-        logits: float32 tensor (..., V).
-        sample_weight: tensor (...) or None: w, as in the loss.
-
-    Reference:
-        [Chowdhery et al., 2022](https://arxiv.org/abs/2204.02311), where its
-        weight is 1e-4.
-    """
-    square = ops.square(ops.logsumexp(ops.cast(logits, "float32"), axis=-1))
-    if sample_weight is not None:
-        square = square * ops.cast(sample_weight, "float32")
-    return ops.mean(square)
-
-
 @keras.saving.register_keras_serializable("keras_stable")
 class StableCausalLM(Presets, keras_hub.models.CausalLM):
     """A language model: next-token logits, `fit`, `generate`.
@@ -93,7 +79,9 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
     Beside `loss`, the mean since the epoch began, `fit` reports `batch_loss`,
     that of the last batch alone; and `z_loss` and `entropy_penalty`, weighted,
     if the variant has them: both are in the gradient and not in the loss, so
-    that `exp(loss)` is a perplexity. `fit` takes strings, or dictionaries with
+    that `exp(loss)` is a perplexity. Neither `fit` nor `evaluate` makes the
+    tensor of all logits, unless `compile` is given a loss or metrics of
+    yours: see `next_token_loss`. `fit` takes strings, or dictionaries with
     `"token_ids"` and optionally `"padding_mask"` with the next ids as targets.
 
     Example:
@@ -105,6 +93,9 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
 
     backbone_cls = StableBackbone
     preprocessor_cls = StableCausalLMPreprocessor
+    # Set by `compile`, which KerasHub calls within `__init__`.
+    token_accuracy = None
+    _chunked = _in_step = False
 
     def __init__(self, backbone, preprocessor=None, **kwargs):
         self.backbone = backbone
@@ -173,16 +164,61 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         return super().__call__(complete(inputs), *args, **kwargs)
 
     def call(self, inputs, training=None, **kwargs):
+        if self._in_step and self._chunked:
+            # Hidden states: the loss has the head in it.
+            return self.backbone(inputs, training=training)
         return super().call(complete(inputs), training=training, **kwargs)
 
     def compile(self, optimizer="auto", loss="auto", **kwargs):
-        """Configures training; `"auto"` is `AdamW(3e-4)` and cross-entropy.
+        """Configures training.
 
-        See `keras_hub.models.CausalLM.compile` for the other arguments.
+        Args:
+            optimizer: defaults to `AdamW(3e-4)`.
+            loss: defaults to `NextTokenLoss()`.
+            **kwargs: of `keras_hub.models.CausalLM.compile`. Its default
+                `weighted_metrics`, the accuracy of tokens, needs no logits.
         """
+        weighted_metrics = kwargs.pop("weighted_metrics", "auto")
         if optimizer == "auto":
             optimizer = AdamW(3e-4)
-        super().compile(optimizer=optimizer, loss=loss, **kwargs)
+        if loss == "auto":
+            loss = losses.NextTokenLoss()
+        if self.token_accuracy is not None:
+            del self.token_accuracy
+        if weighted_metrics == "auto":
+            name = "sparse_categorical_accuracy"
+            self.token_accuracy = keras.metrics.Mean(name=name)
+            weighted_metrics = None
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            weighted_metrics=weighted_metrics,
+            **kwargs,
+        )
+        self._chunked = (
+            isinstance(loss, losses.NextTokenLoss)
+            and loss.reduction == "sum_over_batch_size"
+            and not (weighted_metrics or kwargs.get("metrics"))
+            and not kwargs.get("loss_weights")
+        )
+        if self.backbone.token_embedding.quantization_mode is not None:
+            self._chunked = False
+
+    @contextlib.contextmanager
+    def _step(self):
+        self._in_step = True
+        try:
+            yield
+        finally:
+            self._in_step = False
+
+    def train_step(self, *args, **kwargs):
+        with self._step():
+            return super().train_step(*args, **kwargs)
+
+    def test_step(self, *args, **kwargs):
+        with self._step():
+            return super().test_step(*args, **kwargs)
 
     def fit(self, x=None, *args, shuffle=False, **kwargs):
         """See `keras.Model.fit`; samples are taken in the order given.
@@ -213,21 +249,45 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
     def compute_loss(
         self, x=None, y=None, y_pred=None, sample_weight=None, training=True
     ):
-        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
-        extra = {}
+        """See `keras.Model.compute_loss`; adds the variant's penalties."""
+        extra, weight = {}, self.backbone.variant.architecture.z_loss
+        weight = weight if training else 0.0
+        if self._in_step and self._chunked:
+            embedding = self.backbone.token_embedding
+            loss, penalty, accuracy = losses.next_token_loss(
+                y_pred,
+                embedding.head_kernel(),
+                y,
+                sample_weight,
+                output_cap=embedding.logit_soft_cap,
+                z_weight=weight,
+                training=training,
+            )
+            # What layers gave to `add_loss`.
+            loss = sum(self.losses, loss)
+        else:
+            loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+            if weight:
+                penalty = weight * losses.z_loss(y_pred, sample_weight)
+                loss = loss + penalty
+            accuracy = None
+        if weight:
+            extra["z_loss"] = penalty
         if training and "entropy_penalty" in self.penalties:
             # The blocks' `add_loss`: in `loss` already.
             extra["entropy_penalty"] = sum(self.losses)
-        if training and "z_loss" in self.penalties:
-            weight = self.backbone.variant.architecture.z_loss
-            extra["z_loss"] = weight * z_loss(y_pred, sample_weight)
-            loss = loss + extra["z_loss"]
         if extra:
             # Penalties are in the gradient alone: the loss that is reported,
             # watched and exponentiated stays the tokens' cross-entropy.
             loss = loss - ops.stop_gradient(sum(extra.values()))
         for name, value in extra.items():
             self.penalties[name].update_state(value)
+        if self.token_accuracy is not None:
+            if accuracy is None:
+                accuracy = losses.token_accuracy(y_pred, y, sample_weight)
+            weighted = sample_weight is not None
+            count = ops.sum(sample_weight) if weighted else ops.size(y)
+            self.token_accuracy.update_state(accuracy, sample_weight=count)
         self.batch_loss.update_state(loss)
         return loss
 
@@ -238,6 +298,8 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         if config:
             config["sampler"] = keras_hub.samplers.serialize(self.sampler)
             config["has_slots"] = self.optimizer.built
+            if self.token_accuracy is not None:
+                config["weighted_metrics"] = "auto"
         return config
 
     def compile_from_config(self, config):

@@ -7,7 +7,7 @@ import pytest
 
 import keras_stable as ks
 from keras_stable import VARIANTS
-from keras_stable.models import z_loss
+from keras_stable.losses import z_loss
 
 
 def small(variant="baseline", **kwargs):

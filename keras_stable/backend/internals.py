@@ -11,6 +11,7 @@ from keras.src import ops as source_ops
 
 # What each backend's module defines: all of them, and nothing else is exported.
 FUNCTIONS = [
+    "add_product",
     "apart",
     "carry",
     "check_data_parallel",
@@ -22,13 +23,16 @@ FUNCTIONS = [
     "fused",
     "gather",
     "is_writer",
+    "matmul_float32",
     "mean_ratios",
     "observe_updates",
     "peak_memory",
     "reachable",
     "reduce_rows",
+    "scan",
     "square_sums",
     "start_read",
+    "with_gradient",
 ]
 
 # Every module through which models reach the fused attention.

@@ -103,6 +103,60 @@ def reduce_rows(x):
     return jnp.stack(jax.lax.reduce(parts, zeros, combine, (1,)))
 
 
+def add_product(total, a, b):
+    """`total + a @ b`; float32. `total` may be overwritten."""
+    return total + matmul_float32(a, b)
+
+
+def matmul_float32(a, b):
+    """`a @ b` of matrices, summed and returned in float32.
+
+    Products of 16-bit numbers are exact in float32.
+    """
+    if jax.default_backend() == "cpu":
+        # It has no float16 products with float32 sums.
+        a, b = a.astype("float32"), b.astype("float32")
+    return jnp.matmul(a, b, preferred_element_type="float32")
+
+
+def scan(step, carry, inputs):
+    """Calls `carry, output = step(carry, [x[i] for x in inputs])` for each i.
+
+    One after the other, so that no two steps hold memory at a time.
+
+    Returns:
+        Tuple of the last carry and the stacked outputs.
+    """
+    return jax.lax.scan(step, carry, inputs)
+
+
+def with_gradient(function, x, w, *constants):
+    """The first output of `function`, with the gradient that it computes.
+
+    Args:
+        function: of the tensors and of `gradient`, a bool. It returns a float32
+            vector; with `gradient` a tuple of it and of the gradients of its
+            first entry by `x` and `w`.
+        x, w: tensors.
+        *constants: tensors without gradients.
+    """
+
+    @jax.custom_vjp
+    def value(*tensors):
+        return function(*tensors, gradient=False)
+
+    def forward(*tensors):
+        return function(*tensors, gradient=True)
+
+    def backward(gradients, upstream):
+        scaled = [g * upstream[0] for g in gradients]
+        scaled = [g.astype(t.dtype) for g, t in zip(scaled, (x, w))]
+        return (*scaled, *(None for _ in constants))
+
+    value.defvjp(forward, backward)
+    return value(x, w, *constants)
+
+
 def observe_updates(optimizer, before, after):
     """Calls `before` and `after` around each update of a compiled optimizer.
 

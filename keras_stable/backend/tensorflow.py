@@ -92,6 +92,62 @@ def reduce_rows(x):
     )
 
 
+def add_product(total, a, b):
+    """`total + a @ b`; float32. `total` may be overwritten."""
+    return total + matmul_float32(a, b)
+
+
+def matmul_float32(a, b):
+    """`a @ b` of matrices, summed and returned in float32.
+
+    Products of 16-bit numbers are exact in float32.
+    """
+    return tf.matmul(tf.cast(a, "float32"), tf.cast(b, "float32"))
+
+
+def scan(step, carry, inputs):
+    """Calls `carry, output = step(carry, [x[i] for x in inputs])` for each i.
+
+    One after the other, so that no two steps hold memory at a time.
+
+    Returns:
+        Tuple of the last carry and the stacked outputs.
+    """
+    outputs = []
+    for parts in zip(*(tf.unstack(x) for x in inputs)):
+        with tf.control_dependencies(tf.nest.flatten(carry)):
+            parts = [tf.identity(x) for x in parts]
+            carry, output = step(carry, parts)
+        outputs.append(output)
+    return carry, tf.stack(outputs)
+
+
+def with_gradient(function, x, w, *constants):
+    """The first output of `function`, with the gradient that it computes.
+
+    Args:
+        function: of the tensors and of `gradient`, a bool. It returns a float32
+            vector; with `gradient` a tuple of it and of the gradients of its
+            first entry by `x` and `w`.
+        x, w: tensors.
+        *constants: tensors without gradients.
+    """
+
+    @tf.custom_gradient
+    def value(x, w):
+        result, gradients = function(x, w, *constants, gradient=True)
+
+        def backward(upstream):
+            return [
+                tf.cast(g * upstream[0], t.dtype)
+                for g, t in zip(gradients, (x, w))
+            ]
+
+        return result, backward
+
+    return value(x, w)
+
+
 def observe_updates(optimizer, before, after):
     """Calls `before` and `after` around each update of a compiled optimizer.
 

@@ -116,6 +116,71 @@ def reduce_rows(x):
     )
 
 
+def add_product(total, a, b):
+    """`total + a @ b`; float32. `total` may be overwritten."""
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b)
+    return total.add_(matmul_float32(a, b))
+
+
+def matmul_float32(a, b):
+    """`a @ b` of matrices, summed and returned in float32.
+
+    Products of 16-bit numbers are exact in float32.
+    """
+    if a.dtype == torch.float32:
+        return a @ b
+    learned = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    if a.is_cuda and not learned:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def scan(step, carry, inputs):
+    """Calls `carry, output = step(carry, [x[i] for x in inputs])` for each i.
+
+    One after the other, so that no two steps hold memory at a time.
+
+    Returns:
+        Tuple of the last carry and the stacked outputs.
+    """
+    outputs = []
+    for parts in zip(*inputs):
+        carry, output = step(carry, parts)
+        outputs.append(output)
+    return carry, torch.stack(outputs)
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function, x, w, *constants):
+        value, gradients = function(x, w, *constants, gradient=True)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = x.dtype, w.dtype
+        return value
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, upstream):
+        scaled = [g * upstream[0] for g in ctx.saved_tensors]
+        scaled = [g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes)]
+        others = len(ctx.needs_input_grad) - 3
+        return (None, *scaled, *(None for _ in range(others)))
+
+
+def with_gradient(function, x, w, *constants):
+    """The first output of `function`, with the gradient that it computes.
+
+    Args:
+        function: of the tensors and of `gradient`, a bool. It returns a float32
+            vector; with `gradient` a tuple of it and of the gradients of its
+            first entry by `x` and `w`.
+        x, w: tensors.
+        *constants: tensors without gradients.
+    """
+    return _WithGradient.apply(function, x, w, *constants)
+
+
 def observe_updates(optimizer, before, after):
     """Calls `before` and `after` around each update of a compiled optimizer.
 
