@@ -210,7 +210,7 @@ class TransformerBlock(keras.layers.Layer):
         state = self.next_state(training) if state is None else state
         penalized = training and self.variant.softmax.entropy is not None
 
-        def compute(x_BTD, state):
+        def compute(x_BTD, state, segment_ids):
             seeds = state.get("seeds", (None, None))
             beside = None
 
@@ -242,13 +242,26 @@ class TransformerBlock(keras.layers.Layer):
             )
             return x_BTD if beside is None else (x_BTD, beside)
 
+        if cache is None and "seeds" not in state:
+            # Seeded random numbers are not torch operations.
+            compute = telemetry.region(self, compute, self._key(), training)
         if self.remat and training:
             compute = telemetry.remat(compute)
         if not penalized:
-            return compute(x_BTD, state)
-        x_BTD, penalty = compute(x_BTD, state)
+            return compute(x_BTD, state, segment_ids)
+        x_BTD, penalty = compute(x_BTD, state, segment_ids)
         self.add_loss(penalty)
         return x_BTD
+
+    def _key(self):
+        """Equal for blocks that compute the same of equal variables."""
+        attention = self.attention
+        return (
+            self.variant,
+            attention.num_heads,
+            attention.num_key_value_heads,
+            self.compute_dtype,
+        )
 
     def get_config(self):
         inherited = self.attention.get_config()

@@ -6,14 +6,11 @@ B batch, T time, D model dimension, F inner dimension.
 import keras
 from keras import ops
 
+from keras_stable import backend
 from keras_stable import variants
 from keras_stable.linear import advance
 from keras_stable.linear import apply_linear
 from keras_stable.linear import make_linear
-
-
-def _gelu(x):
-    return ops.gelu(x, approximate=False)
 
 
 def _gelu_tanh(x):
@@ -26,11 +23,11 @@ def _relu_squared(x):
 
 # kind: (function, whether a second projection is gated by it)
 ACTIVATIONS = {
-    "gelu": (_gelu, False),
+    "gelu": (backend.gelu, False),
     "gelu_tanh": (_gelu_tanh, False),
     "relu_squared": (_relu_squared, False),
     "swiglu": (ops.silu, True),
-    "geglu": (_gelu, True),
+    "geglu": (backend.gelu, True),
     "geglu_tanh": (_gelu_tanh, True),
 }
 

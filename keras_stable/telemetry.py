@@ -155,6 +155,8 @@ class Recorder:
             at in every step.
         inputs: bool. Whether inputs of layers are measured beside outputs.
         scope: name of the layer that is being called.
+        regions: dictionary that outlives the step: what was measured in
+            functions whose programs are kept, see `region`.
 
     Attributes:
         tensors: list of `Record`s of activations, in the order of the forward
@@ -162,8 +164,9 @@ class Recorder:
         heads: list of `Record`s of attention cores.
     """
 
-    def __init__(self, full, inputs=False, scope=""):
+    def __init__(self, full, inputs=False, scope="", regions=None):
         self.full, self.inputs, self.scope = full, inputs, scope
+        self.regions = {} if regions is None else regions
         self.open = True
         self.tensors, self.heads = [], []
 
@@ -223,26 +226,37 @@ def recording(value):
         _local.recorder = outer
 
 
-def escaping(function):
+def escaping(function, found=None):
     """Lets measured values out of a function that nothing may escape from.
 
     Nothing traced inside a rematerialised function may be used outside, unless
     the function returns it.
 
+    Args:
+        function: any.
+        found: list, where the records are kept without their values; empty
+            if `function` was not run yet.
+
     Returns:
         None where nothing is recorded, or `(inner, record)`: `inner` returns
         `(result, values)`, `record(values)` records them.
     """
-    outer, found = recorder(), []
+    outer, found = recorder(), [] if found is None else found
     if outer is None:
         return None
 
     def inner(*args, **kwargs):
-        inside = Recorder(outer.full, outer.inputs, outer.scope)
+        inside = Recorder(
+            outer.full, outer.inputs, outer.scope, outer.regions
+        )
         with recording(inside):
             result = function(*args, **kwargs)
-        found[:] = inside.tensors, inside.heads
-        return result, [[r.value for r in records] for records in found]
+        kept = (inside.tensors, inside.heads)
+        found[:] = [
+            [dataclasses.replace(r, value=None) for r in records]
+            for records in kept
+        ]
+        return result, [[r.value for r in records] for records in kept]
 
     def record(values):
         if outer.open:
@@ -255,6 +269,33 @@ def escaping(function):
                 )
 
     return inner, record
+
+
+def region(owner, function, key, training):
+    """`backend.region`, from which measured values escape."""
+
+    def run(*args):
+        outer = recorder()
+        if outer is None:
+            return backend.region(owner, function, key, training)(*args)
+        found = outer.regions.setdefault(owner.path, [])
+        inner, record = escaping(function, found)
+        measured = inner
+        if found:
+            # What is measured, by names within the owner: not known before
+            # the function ran once. Programs are shared by owners.
+            what = tuple(
+                (r.name.partition(f"{owner.name}/")[2], str(r.note))
+                for records in found
+                for r in records
+            )
+            whole = (key, what, outer.full, outer.inputs)
+            measured = backend.region(owner, inner, whole, training)
+        result, values = measured(*args)
+        record(values)
+        return result
+
+    return run
 
 
 def remat(function):

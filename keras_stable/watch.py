@@ -277,10 +277,14 @@ class Watch:
             model = self._model
             train_step = type(model).train_step.__get__(model)
 
+            regions = {}
+
             # Each program needs a function of its own: jax takes two bound
             # methods for one, and would reuse what it traced of the first.
             def step(*args, **kwargs):
-                recorder = telemetry.Recorder(self.full, self.inputs)
+                recorder = telemetry.Recorder(
+                    self.full, self.inputs, regions=regions
+                )
                 self.layout = packing.Layout()
                 with telemetry.recording(recorder):
                     return train_step(*args, **kwargs)

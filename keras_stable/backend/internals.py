@@ -21,7 +21,9 @@ FUNCTIONS = [
     "export_options",
     "finish_read",
     "fused",
+    "fuses_adamw",
     "gather",
+    "gelu",
     "is_writer",
     "matmul_float32",
     "mean_ratios",
@@ -29,9 +31,11 @@ FUNCTIONS = [
     "peak_memory",
     "reachable",
     "reduce_rows",
+    "region",
     "scan",
     "square_sums",
     "start_read",
+    "update_adamw",
     "with_gradient",
 ]
 

@@ -105,6 +105,34 @@ def matmul_float32(a, b):
     return tf.matmul(tf.cast(a, "float32"), tf.cast(b, "float32"))
 
 
+def region(owner, function, key, training):
+    """`function`, which is compiled with the whole step."""
+    return function
+
+
+def fuses_adamw(variables):
+    """Whether `update_adamw` is there and faster for these variables."""
+    # The compiler of the step fuses Keras's own.
+    return False
+
+
+def update_adamw(optimizer, gradients, variables, learning_rate, decay):
+    """Clips by the global norm, decays and updates, in one pass.
+
+    Args:
+        optimizer: a Keras `AdamW` that is built.
+        gradients, variables: lists. The gradients may be overwritten.
+        learning_rate: float32 scalar tensor.
+        decay: list of floats, of each variable, that the rate is times.
+    """
+    raise NotImplementedError
+
+
+def gelu(x):
+    """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
+    return tf.nn.gelu(x)
+
+
 def scan(step, carry, inputs):
     """Calls `carry, output = step(carry, [x[i] for x in inputs])` for each i.
 

@@ -1,14 +1,15 @@
 """What keras_stable needs of PyTorch beyond Keras."""
 
-import functools
-
 import torch
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
+from keras_stable.backend.torch_programs import fused
+from keras_stable.backend.torch_programs import region
 
 __all__ = FUNCTIONS
+# What `from ... import` brings is used through this module.
+assert fused and region
 
 
 def device_name():
@@ -31,44 +32,6 @@ def apart(value, function, *tensors):
     The model's own computation must not change by a bit, and does not here.
     """
     return value
-
-
-def fused(function):
-    """`function`, compiled into few kernels where there is a GPU.
-
-    Eager, each of its operations would read the whole activation. It is
-    traced into a graph of plain torch operations first, a shape: compiled
-    with Keras's inside, it would check on all of Keras at each call.
-    """
-    compiled = {}
-
-    @functools.wraps(function)
-    def call(*args):
-        tensors = [x.detach() for x in args if isinstance(x, torch.Tensor)]
-        if not any(x.is_cuda for x in tensors):
-            return function(*args)
-        key = (
-            *((tuple(x.shape), x.stride(), x.dtype) for x in tensors),
-            *(None if isinstance(x, torch.Tensor) else x for x in args),
-        )
-        with torch.no_grad():
-            if key not in compiled:
-
-                def graph(*tensors):
-                    left = iter(tensors)
-                    return function(
-                        *(
-                            next(left) if isinstance(x, torch.Tensor) else x
-                            for x in args
-                        )
-                    )
-
-                compiled[key] = torch.compile(
-                    make_fx(graph)(*tensors), dynamic=False
-                )
-            return compiled[key](*tensors)
-
-    return call
 
 
 def reachable(value, reference):
@@ -134,6 +97,76 @@ def matmul_float32(a, b):
     if a.is_cuda and not learned:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
+
+
+def fuses_adamw(variables):
+    """Whether `update_adamw` is there and faster for these variables."""
+    return all(v.value.dtype == torch.float32 for v in variables)
+
+
+def _updates_made(optimizer):
+    """Updates so far, without waiting for the device if it can be."""
+    batches = optimizer._iterations.value
+    each = optimizer.gradient_accumulation_steps or 1
+    # Each batch adds one, in place. Whatever else assigns is seen here too.
+    known, version, count = vars(optimizer).get("_counted", (None, 0, 0))
+    if batches is known and batches._version == version + each:
+        count += 1
+    else:
+        count = int(batches) // each
+    vars(optimizer)["_counted"] = batches, batches._version, count
+    return count
+
+
+def update_adamw(optimizer, gradients, variables, learning_rate, decay):
+    """Clips by the global norm, decays and updates, in one pass.
+
+    Args:
+        optimizer: a Keras `AdamW` that is built.
+        gradients, variables: lists. The gradients may be overwritten.
+        learning_rate: float32 scalar tensor.
+        decay: list of floats, of each variable, that the rate is times.
+    """
+    values = [v.value for v in variables]
+    indices = [optimizer._get_variable_index(v) for v in variables]
+    first, second = (
+        [slots[i].value for i in indices]
+        for slots in (optimizer._momentums, optimizer._velocities)
+    )
+    step = _updates_made(optimizer) + 1
+    # PyTorch adds epsilon after the bias correction, Keras before it.
+    epsilon = optimizer.epsilon / (1 - optimizer.beta_2**step) ** 0.5
+    scale = None
+    if optimizer.global_clipnorm:
+        norms = torch.stack(torch._foreach_norm(gradients))
+        norm = torch.linalg.vector_norm(norms)
+        scale = torch.clamp(norm / optimizer.global_clipnorm, min=1.0)
+        # NaN for an infinite norm, as in Keras: not a zeroed gradient.
+        scale = scale + (norm - norm)
+    count = torch.full((), float(step), device=values[0].device)
+    for strength in set(decay):
+        mine = [i for i, d in enumerate(decay) if d == strength]
+        with torch.no_grad():
+            torch._fused_adamw_(
+                *([x[i] for i in mine] for x in (values, gradients)),
+                *([x[i] for i in mine] for x in (first, second)),
+                [],
+                [count] * len(mine),
+                lr=learning_rate,
+                beta1=optimizer.beta_1,
+                beta2=optimizer.beta_2,
+                weight_decay=strength,
+                eps=epsilon,
+                amsgrad=False,
+                maximize=False,
+                grad_scale=scale,
+                found_inf=None,
+            )
+
+
+def gelu(x):
+    """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
+    return torch.nn.functional.gelu(x)
 
 
 def scan(step, carry, inputs):

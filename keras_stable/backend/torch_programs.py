@@ -1,0 +1,139 @@
+"""Compiled parts of a model on PyTorch, free of Keras's bookkeeping.
+
+`torch.compile` of a Keras step guards on every layer of Keras and compiles
+anew when one changes. Here a function is first traced into a graph of plain
+torch operations, a pure function of tensors; only that graph is compiled, and
+all layers of one structure share it.
+"""
+
+import functools
+import warnings
+
+import keras
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+# Calls outside of training before a shape is compiled: lengths that are seen
+# once or twice, as in scoring texts, are not worth seconds.
+PATIENCE = 100
+
+_programs = {}
+_calls = {}
+_tracing = False
+
+
+@functools.cache
+def can_compile():
+    """Whether there is a compiler for this GPU; warns once if not."""
+    try:
+        from torch.utils._triton import has_triton
+    except ImportError:
+        has_triton = None
+    if has_triton is not None and has_triton():
+        return True
+    warnings.warn(
+        "torch.compile needs Triton, which is not installed or does not know "
+        "this GPU: the model runs uncompiled, at about half the speed.",
+        stacklevel=2,
+    )
+    return False
+
+
+def trace(function, *args):
+    """A graph of plain torch operations, of the tensors in `args`."""
+    global _tracing
+    outer, _tracing = _tracing, True
+    try:
+        # Without a gradient of its own: it is taken through the graph. Before
+        # dispatch, so that attention chooses its kernel when the graph runs.
+        with torch.no_grad():
+            graph = make_fx(function, pre_dispatch=True)(*args)
+    finally:
+        _tracing = outer
+    return graph
+
+
+def _signature(tensors):
+    return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
+
+
+def fused(function):
+    """`function`, compiled into few kernels where there is a GPU.
+
+    Without gradients. Eager, each of its operations would read its whole
+    argument from memory.
+    """
+    compiled = {}
+
+    @functools.wraps(function)
+    def call(*args):
+        tensors = [x.detach() for x in args if isinstance(x, torch.Tensor)]
+        on_gpu = any(x.is_cuda for x in tensors)
+        if _tracing or not on_gpu or not can_compile():
+            return function(*args)
+        key = (
+            _signature(tensors),
+            *(None if isinstance(x, torch.Tensor) else x for x in args),
+        )
+        with torch.no_grad():
+            if key not in compiled:
+
+                def graph(*tensors):
+                    left = iter(tensors)
+                    return function(
+                        *(
+                            next(left) if isinstance(x, torch.Tensor) else x
+                            for x in args
+                        )
+                    )
+
+                compiled[key] = torch.compile(
+                    trace(graph, *tensors), dynamic=False
+                )
+            return compiled[key](*tensors)
+
+    return call
+
+
+def region(owner, function, key, training):
+    """`function` as a program that is shared by layers of one structure.
+
+    Args:
+        owner: the layer whose variables `function` reads; it assigns none.
+        function: from tensors, in nested lists, tuples and dictionaries, to
+            tensors in the same.
+        key: hashable. Equal for owners and functions that compute the same of
+            variables of the same shapes.
+        training: bool. Whether to compile at once: see `PATIENCE`.
+    """
+    variables = owner.variables
+
+    def run(*args):
+        leaves, spec = pytree.tree_flatten(args)
+        values = [v.value for v in variables]
+        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
+        if _tracing or len(tensors) < sum(x is not None for x in leaves):
+            return function(*args)
+        how = torch.is_grad_enabled(), str(spec), _signature(values + tensors)
+        signature = key, training, how
+        if not training:
+            _calls[signature] = _calls.get(signature, 0) + 1
+            if _calls[signature] < PATIENCE:
+                return function(*args)
+        if signature not in _programs:
+
+            def graph(values, tensors):
+                left = iter(tensors)
+                filled = [None if x is None else next(left) for x in leaves]
+                mapping = list(zip(variables, values))
+                with keras.StatelessScope(state_mapping=mapping):
+                    return function(*pytree.tree_unflatten(filled, spec))
+
+            program = trace(graph, values, tensors)
+            if any(x.is_cuda for x in tensors) and can_compile():
+                program = torch.compile(program, dynamic=False)
+            _programs[signature] = program
+        return _programs[signature](values, tensors)
+
+    return run
