@@ -182,7 +182,7 @@ class CausalSelfAttention(keras.layers.Layer):
         shape = (batch_size, length, self.num_key_value_heads, self._head_dim)
         return tuple(ops.zeros(shape, self.compute_dtype) for _ in range(2))
 
-    def _heads(self, x, norm, positions=None):
+    def _heads(self, x, norm, rotary=False, positions=None):
         """(B, T, heads * H) to (B, T, heads, H), normed and rotated."""
         B, T, width = ops.shape(x)
         shape = (B, T, width // self._head_dim, self._head_dim)
@@ -196,7 +196,7 @@ class CausalSelfAttention(keras.layers.Layer):
             return ops.reshape(norm(ops.reshape(x, (B, T, width))), shape)
 
         x = ops.reshape(x, shape)
-        if positions is None:
+        if not rotary:
             return normalize(x)
         if how.order == "before_rope":
             x = normalize(x)
@@ -221,13 +221,12 @@ class CausalSelfAttention(keras.layers.Layer):
         key = apply_linear(self.key, x_BTD, state)
         value = apply_linear(self.value, x_BTD, state)
 
-        positions = ops.arange(ops.shape(x_BTD)[1], dtype="int32")
+        positions = None
         if cache is not None:
-            positions = positions + start
+            positions = start + ops.arange(ops.shape(x_BTD)[1], dtype="int32")
         rotary = self.variant.architecture.position == "rope"
-        rotary = positions if rotary else None
-        q_BTNH = self._heads(query, self.query_norm, rotary)
-        k_BSKH = self._heads(key, self.key_norm, rotary)
+        q_BTNH = self._heads(query, self.query_norm, rotary, positions)
+        k_BSKH = self._heads(key, self.key_norm, rotary, positions)
         v_BSKH = self._heads(value, self.value_norm)
         if cache is not None:
             cache = k_BSKH, v_BSKH = tuple(
@@ -241,7 +240,7 @@ class CausalSelfAttention(keras.layers.Layer):
             v_BSKH,
             scale=self.scale,
             softmax=self.variant.softmax,
-            positions=None if cache is None else positions,
+            positions=positions,
             segment_ids=segment_ids,
             sliding_window=self.variant.architecture.sliding_window,
             penalize=penalize,

@@ -10,6 +10,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from keras_stable import backend
 from keras_stable import checkpoints
 from keras_stable import generation
 from keras_stable import losses
@@ -212,13 +213,13 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         finally:
             self._in_step = False
 
-    def train_step(self, *args, **kwargs):
+    def train_step(self, *args):
         with self._step():
-            return super().train_step(*args, **kwargs)
+            return super().train_step(*backend.to_device(args))
 
-    def test_step(self, *args, **kwargs):
+    def test_step(self, *args):
         with self._step():
-            return super().test_step(*args, **kwargs)
+            return super().test_step(*backend.to_device(args))
 
     def fit(self, x=None, *args, shuffle=False, **kwargs):
         """See `keras.Model.fit`; samples are taken in the order given.

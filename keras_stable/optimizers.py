@@ -136,16 +136,14 @@ class AdamW(_KerasAdamW):
         self.no_decay = _patterns(no_decay)
 
     def apply(self, grads, trainable_variables=None):
-        variables = trainable_variables
-        if variables is None:
-            variables = self._trainable_variables
-        # `reshape` adds up the slices of TensorFlow's sparse gradients; on
-        # the other backends it is free.
-        dense = [
-            g if g is None else ops.reshape(g, v.shape)
-            for g, v in zip(grads, variables)
-        ]
-        super().apply(dense, trainable_variables)
+        if keras.backend.backend() == "tensorflow":
+            # `reshape` adds up the slices of sparse gradients.
+            variables = trainable_variables or self._trainable_variables
+            grads = [
+                g if g is None else ops.reshape(g, v.shape)
+                for g, v in zip(grads, variables)
+            ]
+        super().apply(grads, trainable_variables)
 
     # Keras calls the next three on every backend.
 

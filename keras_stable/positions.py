@@ -3,12 +3,31 @@
 B batch, T time, N heads, H head dimension, D model dimension.
 """
 
+import functools
+
 import keras
 import numpy as np
 from keras import ops
 
+from keras_stable import backend
 
-def rotate(x_BTNH, positions, wavelength=10000.0, factor=1.0):
+
+def _frequencies(half, wavelength):
+    return (wavelength ** (-np.arange(half) / half)).astype("float32")
+
+
+@functools.lru_cache(maxsize=32)
+def _table(length, half, wavelength, factor):
+    """Cosines and sines of positions 0 to `length`, float32 (2, T, 1, H / 2).
+
+    Compilers would compute them anew for every head that is rotated.
+    """
+    positions = np.arange(length, dtype="float32") / np.float32(factor)
+    angles = positions[:, None, None] * _frequencies(half, wavelength)
+    return np.stack([np.cos(angles), np.sin(angles)])
+
+
+def rotate(x_BTNH, positions=None, wavelength=10000.0, factor=1.0):
     """Rotary position encoding (RoPE), half-split convention.
 
     ```
@@ -22,7 +41,7 @@ def rotate(x_BTNH, positions, wavelength=10000.0, factor=1.0):
 
     Args:
         x_BTNH: tensor.
-        positions: int tensor (T,).
+        positions: int tensor (T,). Defaults to 0, 1, ..., T - 1.
         wavelength: float. Defaults to 10000.
         factor: float, by which a model is stretched beyond the lengths that
             it was trained on (Gemma 3: 8). Defaults to 1.
@@ -30,13 +49,17 @@ def rotate(x_BTNH, positions, wavelength=10000.0, factor=1.0):
     Reference:
         [Su et al., 2021](https://arxiv.org/abs/2104.09864).
     """
-    half = x_BTNH.shape[-1] // 2
-    frequencies = ops.convert_to_tensor(
-        wavelength ** (-np.arange(half) / half), dtype="float32"
-    )
-    positions = ops.cast(positions, "float32") / factor
-    angles_T1H = positions[:, None, None] * frequencies
-    cos, sin = ops.cos(angles_T1H), ops.sin(angles_T1H)
+    length, half = x_BTNH.shape[1], x_BTNH.shape[-1] // 2
+    if positions is None and isinstance(length, int):
+        table = _table(length, half, wavelength, factor)
+        cos, sin = ops.unstack(backend.constant(table))
+    else:
+        if positions is None:
+            positions = ops.arange(ops.shape(x_BTNH)[1], dtype="int32")
+        positions = ops.cast(positions, "float32") / factor
+        frequencies = ops.convert_to_tensor(_frequencies(half, wavelength))
+        angles_T1H = positions[:, None, None] * frequencies
+        cos, sin = ops.cos(angles_T1H), ops.sin(angles_T1H)
     x1, x2 = ops.split(ops.cast(x_BTNH, "float32"), 2, axis=-1)
     rotated = ops.concatenate(
         [x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1

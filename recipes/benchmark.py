@@ -198,7 +198,7 @@ def with_mask(batch):
     return {**batch[0], "padding_mask": np.ones_like(batch[1])}, batch[1]
 
 
-def measure(row, config):
+def measure(row, config, watch=stopwatch):
     """Everything about one row; in its own process."""
     library, place, kind = row.split("/")
     import keras
@@ -207,7 +207,7 @@ def measure(row, config):
 
     keras.utils.set_random_seed(0)
     keras.config.set_dtype_policy(config["precision"])
-    ends, tick, report = stopwatch(config)
+    ends, tick, report = watch(config)
     B, T = (config[name] for name in ("batch_size", "sequence_length"))
     V, D = config["vocabulary"], config["hidden_dim"]
     # 64 different batches at most. Two steps more than are timed: `fit` marks

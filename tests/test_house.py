@@ -17,13 +17,16 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 NOTEBOOKS = sorted((ROOT / "colab").glob("*.ipynb"))
 
+# Recipes that are what one would write by hand, and their profiler.
+PEERS = ("peer_", "profile_")
+
 # Floors of the house: a module imports from lower floors only.
 FLOORS = [
     {
-        *{"choices", "events", "backend", "randomness", "positions", "norms"},
+        *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "tensor_files", "entropy", "byte_level"},
     },
-    {"variant", "presets", "losses", "embeddings"},
+    {"variant", "presets", "losses", "embeddings", "positions"},
     {"variants", "schedules", "hub", "distribution", "config_keys"},
     {
         *{"logits", "records", "layerwise", "budget"},
@@ -76,8 +79,7 @@ def test_imports_point_downwards(path):
 
 @pytest.mark.parametrize("path", SOURCES + RECIPES, ids=lambda p: p.stem)
 def test_backends_and_internals_stay_in_backend(path):
-    # Peers are what one would write by hand, to compare with.
-    if "backend" in path.parts or path.stem.startswith("peer_"):
+    if "backend" in path.parts or path.stem.startswith(PEERS):
         return
     for name in imports(parse(path)):
         assert name.split(".")[0] not in ("jax", "torch", "tensorflow"), name

@@ -16,6 +16,7 @@ FUNCTIONS = [
     "carry",
     "check_data_parallel",
     "check_observable",
+    "constant",
     "device_name",
     "each_step",
     "export_options",
@@ -35,6 +36,7 @@ FUNCTIONS = [
     "scan",
     "square_sums",
     "start_read",
+    "to_device",
     "update_adamw",
     "with_gradient",
 ]

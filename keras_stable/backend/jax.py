@@ -180,6 +180,16 @@ def gelu(x):
     return jax.nn.gelu(x, approximate=False)
 
 
+def constant(array):
+    """A numpy array as a tensor. Torch keeps one of it: give it few arrays."""
+    return jnp.asarray(array)
+
+
+def to_device(batch):
+    """A batch of arrays, on its way to the device; waits for nothing."""
+    return batch
+
+
 def scan(step, carry, inputs):
     """Calls `carry, output = step(carry, [x[i] for x in inputs])` for each i.
 

@@ -133,6 +133,16 @@ def gelu(x):
     return tf.nn.gelu(x)
 
 
+def constant(array):
+    """A numpy array as a tensor. Torch keeps one of it: give it few arrays."""
+    return tf.constant(array)
+
+
+def to_device(batch):
+    """A batch of arrays, on its way to the device; waits for nothing."""
+    return batch
+
+
 def scan(step, carry, inputs):
     """Calls `carry, output = step(carry, [x[i] for x in inputs])` for each i.
 

@@ -1,6 +1,8 @@
 """What keras_stable needs of PyTorch beyond Keras."""
 
 import torch
+from keras.src.backend.torch.core import get_device
+from torch.utils._pytree import tree_map
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
@@ -10,6 +12,8 @@ from keras_stable.backend.torch_programs import region
 __all__ = FUNCTIONS
 # What `from ... import` brings is used through this module.
 assert fused and region
+
+_constants = {}
 
 
 def device_name():
@@ -167,6 +171,30 @@ def update_adamw(optimizer, gradients, variables, learning_rate, decay):
 def gelu(x):
     """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
     return torch.nn.functional.gelu(x)
+
+
+def constant(array):
+    """A numpy array as a tensor. Torch keeps one of it: give it few arrays."""
+    key = id(array), get_device()
+    if key not in _constants:
+        # With the array, whose `id` is thereby its own.
+        _constants[key] = array, torch.as_tensor(array, device=key[1])
+    return _constants[key][1]
+
+
+def to_device(batch):
+    """A batch of arrays, on its way to the device; waits for nothing."""
+    if not torch.cuda.is_available() or get_device() == "cpu":
+        return batch
+
+    def send(x):
+        if isinstance(x, torch.Tensor) and x.device.type == "cpu":
+            # A copy from memory that is not pinned would wait until the
+            # device has done all that it was given before.
+            return x.pin_memory().to(get_device(), non_blocking=True)
+        return x
+
+    return tree_map(send, batch)
 
 
 def scan(step, carry, inputs):

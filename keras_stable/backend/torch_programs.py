@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 # Calls outside of training before a shape is compiled: lengths that are seen
 # once or twice, as in scoring texts, are not worth seconds.
 PATIENCE = 100
+PLAIN = torch.Tensor, torch.nn.Parameter
 
 _programs = {}
 _calls = {}
@@ -111,10 +112,11 @@ def region(owner, function, key, training):
 
     def run(*args):
         leaves, spec = pytree.tree_flatten(args)
-        values = [v.value for v in variables]
-        tensors = [x for x in leaves if isinstance(x, torch.Tensor)]
-        if _tracing or len(tensors) < sum(x is not None for x in leaves):
+        tensors = [x for x in leaves if x is not None]
+        # Others are symbols: Keras's, or those of an export.
+        if _tracing or not all(type(x) in PLAIN for x in tensors):
             return function(*args)
+        values = [v.value for v in variables]
         how = torch.is_grad_enabled(), str(spec), _signature(values + tensors)
         signature = key, training, how
         if not training:
