@@ -36,7 +36,7 @@ from keras_stable.backbone import PAPER_VOCABULARY as PAPER_VOCABULARY
 from keras_stable.backbone import SIZES as SIZES
 from keras_stable.backbone import StableBackbone as StableBackbone
 from keras_stable.models import StableCausalLM as StableCausalLM
-from keras_stable.models import (
+from keras_stable.preprocessing import (
     StableCausalLMPreprocessor as StableCausalLMPreprocessor,
 )
 

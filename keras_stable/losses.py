@@ -19,7 +19,7 @@ _ROWS = 16
 
 
 @keras.saving.register_keras_serializable("keras_stable")
-class NextTokenLoss(keras.losses.Loss):
+class NextTokenLoss(keras.losses.SparseCategoricalCrossentropy):
     """Cross-entropy of integer targets: `mean(w * (lse(z) - z[target]))`.
 
     What `StableCausalLM.compile(loss="auto")` means. Given logits z (..., V)
@@ -34,12 +34,11 @@ class NextTokenLoss(keras.losses.Loss):
     """
 
     def __init__(self, name="next_token_loss", **kwargs):
-        super().__init__(name=name, **kwargs)
+        super().__init__(from_logits=True, name=name, **kwargs)
 
-    def call(self, y_true, y_pred):
-        return keras.losses.sparse_categorical_crossentropy(
-            y_true, y_pred, from_logits=True
-        )
+    def get_config(self):
+        config = super().get_config()
+        return {k: v for k, v in config.items() if k != "from_logits"}
 
 
 def z_loss(logits, sample_weight=None):

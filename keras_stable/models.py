@@ -14,6 +14,7 @@ from keras_stable import backend
 from keras_stable import checkpoints
 from keras_stable import generation
 from keras_stable import losses
+from keras_stable import telemetry
 from keras_stable.backbone import PAPER_VOCABULARY
 from keras_stable.backbone import SIZES
 from keras_stable.backbone import StableBackbone
@@ -21,46 +22,12 @@ from keras_stable.backbone import complete
 from keras_stable.choices import check_choice
 from keras_stable.choices import nearest
 from keras_stable.optimizers import AdamW
+from keras_stable.preprocessing import StableCausalLMPreprocessor
+from keras_stable.preprocessing import preprocessor_of
 from keras_stable.presets import Presets
-from keras_stable.telemetry import LastValue
 
-
-@keras.saving.register_keras_serializable("keras_stable")
-class StableCausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
-    """From strings to packed ids for `StableCausalLM`, and back.
-
-    A prompt to `generate` begins with the tokenizer's start token, if it has
-    one, as in all of KerasHub.
-
-    Args:
-        tokenizer: a KerasHub tokenizer.
-        sequence_length: int. Defaults to 1024.
-        add_start_token, add_end_token: bool, whether training samples get
-            them. Default to False: a string is a piece of text, not a whole
-            document. `TokenBatches` packs documents with separators.
-    """
-
-    backbone_cls = StableBackbone
-
-    def __init__(
-        self,
-        tokenizer,
-        sequence_length=1024,
-        add_start_token=False,
-        add_end_token=False,
-        **kwargs,
-    ):
-        super().__init__(
-            tokenizer,
-            sequence_length,
-            add_start_token=add_start_token,
-            add_end_token=add_end_token,
-            **kwargs,
-        )
-
-
-def _preprocessor(tokenizer):
-    return None if tokenizer is None else StableCausalLMPreprocessor(tokenizer)
+# Tokens whose logits a monitor sees, where `fit` does not make those of all.
+SEEN = 256
 
 
 @keras.saving.register_keras_serializable("keras_stable")
@@ -104,7 +71,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         hidden_BTD = backbone(backbone.input)
         logits_BTV = backbone.token_embedding(hidden_BTD, reverse=True)
         super().__init__(inputs=backbone.input, outputs=logits_BTV, **kwargs)
-        self.batch_loss = LastValue(name="batch_loss")
+        self.batch_loss = telemetry.LastValue(name="batch_loss")
         self.penalties = {}
         if backbone.variant.architecture.z_loss:
             self.penalties["z_loss"] = keras.metrics.Mean(name="z_loss")
@@ -136,7 +103,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             raise nearest(size, SIZES, "size")
         config = {**SIZES[size], "variant": variant, **kwargs}
         backbone = StableBackbone(vocabulary_size, **config)
-        return cls(backbone, _preprocessor(tokenizer))
+        return cls(backbone, preprocessor_of(tokenizer))
 
     @classmethod
     def from_transformers(cls, source, **kwargs):
@@ -147,7 +114,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             **kwargs: `dropout`, `dtype`, and others of `StableBackbone`.
         """
         backbone, tokenizer = checkpoints.read(source, **kwargs)
-        return cls(backbone, _preprocessor(tokenizer))
+        return cls(backbone, preprocessor_of(tokenizer))
 
     def to_transformers(self, path, **kwargs):
         """Writes what `transformers` reads: see `checkpoints.write`.
@@ -199,6 +166,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         self._chunked = (
             isinstance(loss, losses.NextTokenLoss)
             and loss.reduction == "sum_over_batch_size"
+            and loss.ignore_class is None
             and not (weighted_metrics or kwargs.get("metrics"))
             and not kwargs.get("loss_weights")
         )
@@ -255,6 +223,10 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         weight = weight if training else 0.0
         if self._in_step and self._chunked:
             embedding = self.backbone.token_embedding
+            if telemetry.recorder() is not None:
+                # Of the logits, those of some tokens are measured.
+                last = max(SEEN // (y_pred.shape[0] or SEEN), 1)
+                embedding(ops.stop_gradient(y_pred[:, -last:]), reverse=True)
             loss, penalty, accuracy = losses.next_token_loss(
                 y_pred,
                 embedding.head_kernel(),

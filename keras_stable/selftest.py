@@ -337,7 +337,8 @@ def _targets(model, outputs, rng):
     made = []
     for loss, output in zip(losses, flat):
         names = (loss, getattr(loss, "name", ""), getattr(loss, "__name__", ""))
-        if "sparse" in f"{names} {type(loss).__name__}".lower():
+        kinds = " ".join(c.__name__ for c in type(loss).__mro__)
+        if "sparse" in f"{names} {kinds}".lower():
             classes = min(2, output.shape[-1])
             y = rng.integers(0, classes, output.shape[:-1]).astype("int32")
         else:

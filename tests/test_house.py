@@ -41,7 +41,7 @@ FLOORS = [
     {"attention"},
     {"block", "watch", "diagnosis", "sinks", "blackbox"},
     {"backbone", "selftest"},
-    {"checkpoints", "generation"},
+    {"checkpoints", "generation", "preprocessing"},
     {"models", "monitor"},
     {"__init__"},
 ]

@@ -275,13 +275,12 @@ def logits_of(backbone, tensors, inputs, variant):
     found = activations(backbone, inputs, names)
     attention = backbone.transformer_layers[0].attention
     rotary = variant.architecture.position == "rope"
-    positions = ops.arange(inputs["token_ids"].shape[1]) if rotary else None
     q, k = (
         numpy(
             attention._heads(
                 ops.array(found[f"block_0/attention/{n}"].astype("float32")),
                 getattr(attention, f"{n}_norm"),
-                positions,
+                rotary,
             )
         )
         for n in ("query", "key")
