@@ -47,7 +47,7 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         return ops.cast(kernel, self.compute_dtype)
 
     def call(self, inputs, reverse=False):
-        if not reverse or self.quantization_mode is not None:
+        if not reverse:
             return super().call(inputs, reverse=reverse)
         shape = ops.shape(inputs)
         rows = ops.reshape(
@@ -59,6 +59,10 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
                 logits / self.logit_soft_cap
             )
         return ops.reshape(logits, (*shape[:-1], self.input_dim))
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        # Keras means to ask subclasses, whose `call` it would pass by.
+        super().quantize(mode, type_check=False, config=config)
 
     def compute_output_spec(self, inputs, reverse=False):
         spec = super().compute_output_spec(inputs, reverse=reverse)

@@ -177,7 +177,8 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
     def _step(self):
         self._in_step = True
         try:
-            yield
+            with backend.queueing():
+                yield
         finally:
             self._in_step = False
 

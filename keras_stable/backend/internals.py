@@ -30,6 +30,7 @@ FUNCTIONS = [
     "mean_ratios",
     "observe_updates",
     "peak_memory",
+    "queueing",
     "reachable",
     "reduce_rows",
     "region",

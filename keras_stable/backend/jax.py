@@ -1,5 +1,7 @@
 """What keras_stable needs of JAX beyond Keras."""
 
+import contextlib
+
 import jax
 import keras
 import numpy as np
@@ -188,6 +190,12 @@ def constant(array):
 def to_device(batch):
     """A batch of arrays, on its way to the device; waits for nothing."""
     return batch
+
+
+@contextlib.contextmanager
+def queueing():
+    """Within it, numbers go to the device without waiting for it."""
+    yield
 
 
 def scan(step, carry, inputs):

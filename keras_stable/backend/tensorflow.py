@@ -1,5 +1,7 @@
 """What keras_stable needs of TensorFlow beyond Keras."""
 
+import contextlib
+
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
@@ -141,6 +143,12 @@ def constant(array):
 def to_device(batch):
     """A batch of arrays, on its way to the device; waits for nothing."""
     return batch
+
+
+@contextlib.contextmanager
+def queueing():
+    """Within it, numbers go to the device without waiting for it."""
+    yield
 
 
 def scan(step, carry, inputs):
