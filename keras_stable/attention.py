@@ -13,7 +13,6 @@ from keras_stable.entropy import THETA_INIT
 from keras_stable.entropy import entropy_penalty
 from keras_stable.linear import advance
 from keras_stable.linear import apply_linear
-from keras_stable.linear import join
 from keras_stable.linear import make_linear
 from keras_stable.norms import make_norm
 from keras_stable.positions import rotate
@@ -218,8 +217,9 @@ class CausalSelfAttention(keras.layers.Layer):
     ):
         x_BTD = ops.cast(x_BTD, self.compute_dtype)
         state = self.next_state(training) if state is None else state
-        linears = (self.query, self.key, self.value)
-        query, key, value = join(linears, x_BTD, state)
+        query = apply_linear(self.query, x_BTD, state)
+        key = apply_linear(self.key, x_BTD, state)
+        value = apply_linear(self.value, x_BTD, state)
 
         positions = None
         if cache is not None:

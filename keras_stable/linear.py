@@ -1,7 +1,6 @@
 """Linear layers, plain and with sigma-Reparam."""
 
 import keras
-import numpy as np
 from keras import ops
 
 
@@ -32,36 +31,6 @@ def power_iteration(kernel, u, epsilon=1e-12):
 
 
 @keras.saving.register_keras_serializable("keras_stable")
-class Linear(keras.layers.Dense):
-    """`keras.layers.Dense` whose matrix product may come from outside.
-
-    Call arguments:
-        inputs: tensor (..., input_dim).
-        product: `inputs` times `forward_kernel()`, where it was computed
-            together with others: see `join`.
-    """
-
-    def forward_kernel(self, state=None):
-        """What inputs are multiplied by, in the compute dtype."""
-        return ops.cast(self.kernel, self.compute_dtype)
-
-    def call(self, inputs, product=None, training=None):
-        if product is None:
-            return super().call(inputs)
-        return _finish(self, product)
-
-    def quantize(self, mode=None, type_check=True, config=None):
-        # Keras means to ask subclasses, whose `call` it would pass by.
-        super().quantize(mode, type_check=False, config=config)
-
-
-def _finish(layer, x):
-    if layer.bias is not None:
-        x = x + ops.cast(layer.bias, layer.compute_dtype)
-    return layer.activation(x) if layer.activation is not None else x
-
-
-@keras.saving.register_keras_serializable("keras_stable")
 class SigmaReparamDense(keras.layers.Dense):
     """A dense layer whose kernel is `gamma / sigma(W) * W`.
 
@@ -88,7 +57,6 @@ class SigmaReparamDense(keras.layers.Dense):
         sigma: what `next_state()` returned, for calls inside a rematerialised
             function, where assigning `u` is not possible. By default it is
             called here.
-        product: as in `Linear`.
 
     Reference:
         [Zhai et al., 2023](https://arxiv.org/abs/2303.06296);
@@ -144,18 +112,15 @@ class SigmaReparamDense(keras.layers.Dense):
             self.u.assign(u)
         return sigma
 
-    def forward_kernel(self, sigma):
-        """What inputs are multiplied by, in the compute dtype."""
+    def call(self, inputs, sigma=None, training=None):
+        if sigma is None:
+            sigma = self.next_state(training)
         kernel = ops.cast(self.kernel, "float32") * (self.gamma / sigma)
-        return ops.cast(kernel, self.compute_dtype)
-
-    def call(self, inputs, sigma=None, product=None, training=None):
-        if product is None:
-            if sigma is None:
-                sigma = self.next_state(training)
-            x = ops.cast(inputs, self.compute_dtype)
-            product = ops.matmul(x, self.forward_kernel(sigma))
-        return _finish(self, product)
+        kernel = ops.cast(kernel, self.compute_dtype)
+        x = ops.matmul(ops.cast(inputs, self.compute_dtype), kernel)
+        if self.bias is not None:
+            x = x + ops.cast(self.bias, self.compute_dtype)
+        return self.activation(x) if self.activation is not None else x
 
     def enable_lora(self, *args, **kwargs):
         super().enable_lora(*args, **kwargs)
@@ -221,7 +186,7 @@ def make_linear(name, units, variant, *, kernel_initializer, dtype):
     }
     if reparam is not None and name in reparam.targets:
         return SigmaReparamDense(units, gamma_init=reparam.gamma_init, **kwargs)
-    return Linear(units, **kwargs)
+    return keras.layers.Dense(units, **kwargs)
 
 
 def advance(layers, training):
@@ -238,22 +203,3 @@ def apply_linear(layer, x, state):
     if layer.name in state:
         return layer(x, sigma=state[layer.name])
     return layer(x)
-
-
-def join(layers, x, state):
-    """`[layer(x) for layer in layers]` by one matrix product.
-
-    A GPU is a third faster at one of three times the width, forward and
-    backward, and the gradients of `x` need not be added up.
-    """
-    parallel = keras.distribution.distribution()
-    # Kernels that are divided among devices would have to be gathered first.
-    whole = not isinstance(parallel, keras.distribution.ModelParallel)
-    plain = all(layer.quantization_mode is None for layer in layers)
-    if not (whole and plain):
-        return [apply_linear(layer, x, state) for layer in layers]
-    kernels = [layer.forward_kernel(state.get(layer.name)) for layer in layers]
-    product = ops.matmul(x, ops.concatenate(kernels, axis=-1))
-    ends = np.cumsum([kernel.shape[-1] for kernel in kernels])
-    products = ops.split(product, [int(end) for end in ends[:-1]], axis=-1)
-    return [layer(x, product=part) for layer, part in zip(layers, products)]

@@ -6,6 +6,7 @@ import torch
 from keras.src.backend.torch.core import get_device
 from torch.utils._pytree import tree_map
 
+from keras_stable.backend import torch_programs
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
 from keras_stable.backend.torch_programs import fused
@@ -210,7 +211,8 @@ def queueing():
 
     def as_tensor(data, dtype=None, device=None):
         there = device is not None and torch.device(device).type == "cuda"
-        if not there or isinstance(data, torch.Tensor):
+        tensor = isinstance(data, torch.Tensor)
+        if not there or tensor or torch_programs.is_tracing():
             return original(data, dtype=dtype, device=device)
         if isinstance(data, (bool, int, float)):
             return torch.full((), data, dtype=dtype, device=device)

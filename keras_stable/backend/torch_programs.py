@@ -41,6 +41,10 @@ def can_compile():
     return False
 
 
+def is_tracing():
+    return _tracing
+
+
 def trace(function, *args):
     """A graph of plain torch operations, of the tensors in `args`."""
     global _tracing
