@@ -11,8 +11,8 @@ from keras import ops
 
 from keras_stable import backend
 
-# Entries of one chunk of logits: 2 GB of float32. With fewer rows the gradient of
-# a large head, read and written for each chunk, takes a tenth of the time.
+# Entries of one chunk of logits: 2 GB of float32. With fewer rows the gradient
+# of a large head, read and written for each chunk, takes a tenth of the time.
 CHUNK = 2**29
 # Rows of a batch where they are not known when the step is traced.
 _ROWS = 16
