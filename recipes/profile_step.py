@@ -152,7 +152,8 @@ def child(row, config, out):
         environment = benchmark.measure(
             row, json.loads(config), watch(begin, folder, found)
         )["environment"]
-    result = {"row": row, **environment, **summarize(found)}
+    where = {k: environment[k] for k in ("device", "versions", "git_commit")}
+    result = {"row": row, **where, **summarize(found)}
     Path(out).write_text(json.dumps(result))
 
 

@@ -126,3 +126,28 @@ def gradient(function, x):
         tape.watch(x)
         y = function(x)
     return tape.gradient(y, x).numpy()
+
+
+def with_gradients(function, *arrays):
+    """The value of a function, and its gradients by all arrays."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        value, gradients = jax.value_and_grad(function, range(len(arrays)))(
+            *arrays
+        )
+        return float(value), gradients
+    if keras.backend.backend() == "torch":
+        import torch
+
+        tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+        value = function(*tensors)
+        value.backward()
+        return float(value.detach()), [x.grad for x in tensors]
+    import tensorflow as tf
+
+    tensors = [tf.constant(x) for x in arrays]
+    with tf.GradientTape() as tape:
+        tape.watch(tensors)
+        value = function(*tensors)
+    return float(value), tape.gradient(value, tensors)

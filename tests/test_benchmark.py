@@ -214,3 +214,16 @@ def test_settings_and_sweeps():
     assert [c["hidden_dim"] for c in configs] == [512, 2048]
     assert [c["num_heads"] for c in configs] == [8, 32]
     assert {c["num_layers"] for c in configs} == {24}
+
+
+@pytest.mark.parametrize(
+    "page, name",
+    [
+        ("README.md", "speed-h100.json"),
+        ("recipes/README.md", "speed-h100-vocabulary.json"),
+    ],
+)
+def test_tables_are_of_the_committed_results(page, name):
+    result = json.loads((RECIPES / "results" / name).read_text())
+    text = (RECIPES.parent / page).read_text()
+    assert benchmark.table(result) in text, f"The table in {page} is stale."

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from reference import with_gradients
 
 import keras_stable as ks
 from keras_stable import losses
@@ -36,31 +37,6 @@ def formula(h, w, target, weight, cap=None, z=0.0):
         d @ w.T,
         np.einsum("btd,btv->dv", h, d),
     )
-
-
-def with_gradients(function, *arrays):
-    """The value of a function, and its gradients by all arrays."""
-    if BACKEND == "jax":
-        import jax
-
-        value, gradients = jax.value_and_grad(function, range(len(arrays)))(
-            *arrays
-        )
-        return float(value), gradients
-    if BACKEND == "torch":
-        import torch
-
-        tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
-        value = function(*tensors)
-        value.backward()
-        return float(value.detach()), [x.grad for x in tensors]
-    import tensorflow as tf
-
-    tensors = [tf.constant(x) for x in arrays]
-    with tf.GradientTape() as tape:
-        tape.watch(tensors)
-        value = function(*tensors)
-    return float(value), tape.gradient(value, tensors)
 
 
 @pytest.mark.parametrize("chunk", [2**28, 100])

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from reference import randomize
 from reference import weights_of
+from reference import with_gradients
 
 import keras_stable as ks
 from keras_stable.mlp import ACTIVATIONS
@@ -50,3 +51,28 @@ def test_is_its_formula(kind, use_bias):
         ("swiglu", "geglu", "geglu_tanh")
     )
     assert ("fc1/bias" in w) == use_bias
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gelu_in_sixteen_bits_is_rounded_once(dtype):
+    x = np.linspace(-9, 9, 4001).astype("float32")
+    x = keras.ops.convert_to_tensor(x, dtype=dtype)
+    exact = keras.ops.convert_to_numpy(keras.ops.cast(x, "float32"))
+    exact = exact.astype("float64")
+    expected = exact * 0.5 * (1 + erf(exact / 2**0.5))
+    y = ACTIVATIONS["gelu"][0](x)
+    assert keras.backend.standardize_dtype(y.dtype) == dtype
+    found = keras.ops.convert_to_numpy(keras.ops.cast(y, "float32"))
+    # Half of the last place, and what float32 loses before it is rounded.
+    digits = {"bfloat16": 2**-8, "float16": 2**-11}[dtype]
+    np.testing.assert_allclose(found, expected, rtol=digits, atol=2e-6)
+
+    def total(x):
+        y = ACTIVATIONS["gelu"][0](keras.ops.cast(x, dtype))
+        return keras.ops.sum(keras.ops.cast(y, "float32"))
+
+    _, (gradient,) = with_gradients(total, exact.astype("float32"))
+    bell = np.exp(-(exact**2) / 2) / (2 * np.pi) ** 0.5
+    slope = 0.5 * (1 + erf(exact / 2**0.5)) + exact * bell
+    gradient = keras.ops.convert_to_numpy(gradient)
+    np.testing.assert_allclose(gradient, slope, rtol=digits, atol=2e-6)

@@ -132,7 +132,8 @@ def update_adamw(optimizer, gradients, variables, learning_rate, decay):
 
 def gelu(x):
     """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
-    return tf.nn.gelu(x)
+    # In 16 bits it would add up rounding errors.
+    return tf.cast(tf.nn.gelu(tf.cast(x, "float32")), x.dtype)
 
 
 def constant(array):

@@ -1,0 +1,151 @@
+"""Parts of a model that torch runs as programs, free of Keras.
+
+On a GPU they are compiled; here they are traced, which must change no bit.
+"""
+
+import keras
+import numpy as np
+import pytest
+
+import keras_stable as ks
+from keras_stable import telemetry
+
+if keras.backend.backend() != "torch":
+    pytest.skip("other backends compile whole steps", allow_module_level=True)
+
+import torch
+
+from keras_stable.backend import torch as backend
+from keras_stable.backend import torch_programs as programs
+
+RNG = np.random.default_rng(0)
+IDS = RNG.integers(0, 31, (4, 10)).astype("int32")
+DOCUMENTS = np.array([[1] * 5 + [2] * 4, [1] * 9] * 2, "int32")
+
+
+@pytest.fixture(autouse=True)
+def programs_of_its_own(monkeypatch):
+    for name in ("_programs", "_calls"):
+        monkeypatch.setattr(programs, name, {})
+
+
+def train(variant="baseline", masked=False, watched=False, **kwargs):
+    """Weights after three steps, and what the monitor measured."""
+    keras.utils.set_random_seed(0)
+    backbone = ks.StableBackbone(31, 3, 2, 16, variant=variant, **kwargs)
+    lm = ks.StableCausalLM(backbone)
+    lm.compile(ks.AdamW(0.01))
+    x = {"token_ids": IDS[:, :-1]}
+    if masked:
+        x["padding_mask"] = DOCUMENTS
+    tables = []
+    if watched:
+        with ks.watch(lm) as watch:
+            for _ in range(3):
+                lm.train_on_batch(x, IDS[:, 1:])
+                tables += [s.tensors for s in watch.read()]
+    else:
+        for _ in range(3):
+            lm.train_on_batch(x, IDS[:, 1:])
+    weights = [keras.ops.convert_to_numpy(w) for w in lm.weights]
+    return weights, tables
+
+
+def eagerly(monkeypatch, **kwargs):
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            telemetry.backend, "region", lambda owner, f, key, training: f
+        )
+        return train(**kwargs)
+
+
+def same(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ks.VARIANTS)
+def test_blocks_share_programs_and_change_no_bit(name, monkeypatch):
+    weights, _ = train(name)
+    # Gemma 2's layers are of two kinds: with a window, and without.
+    kinds = {ks.VARIANTS[name].at(3, layer=i) for i in range(3)}
+    assert len(programs._programs) == len(kinds)
+    same(weights, eagerly(monkeypatch, variant=name)[0])
+
+
+@pytest.mark.parametrize("kwargs", [{"masked": True}, {"remat": True}])
+def test_documents_and_remat(kwargs, monkeypatch):
+    same(train(**kwargs)[0], eagerly(monkeypatch, **kwargs)[0])
+    assert len(programs._programs) == 1
+
+
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("name", ["baseline", "qk_norm_cap", "sigma_reparam"])
+def test_what_is_measured_leaves_a_program(name, remat, monkeypatch):
+    how = {"variant": name, "watched": True, "remat": remat}
+    weights, tables = train(**how)
+    # Run once as it is, to learn what is measured; then as one program.
+    assert len(programs._programs) == 1
+    expected = eagerly(monkeypatch, **how)
+    same(weights, expected[0])
+    same(tables, expected[1])
+    assert len(tables) == 3
+    same(weights, train(variant=name, remat=remat)[0])
+
+
+def test_dropout_runs_as_it_is():
+    train(dropout=0.1)
+    assert not programs._programs
+
+
+def test_other_shapes_get_programs_outside_of_training_when_common():
+    backbone = ks.StableBackbone(31, 2, 2, 16)
+    for _ in range(programs.PATIENCE // 2 - 1):
+        backbone({"token_ids": IDS})
+    assert not programs._programs
+    before = backbone({"token_ids": IDS})
+    after = backbone({"token_ids": IDS})
+    assert len(programs._programs) == 1
+    assert torch.equal(before, after)
+
+
+def test_structures_do_not_share_programs():
+    train("baseline")
+    train("qk_norm")
+    train("baseline", num_key_value_heads=1)
+    assert len(programs._programs) == 3
+
+
+def test_numbers_are_those_of_torch():
+    with backend.queueing():
+        for data in (True, 3, 2.5, [1, 2], np.array([1.5])):
+            found = torch.as_tensor(data)
+            assert found.dtype == torch.tensor(data).dtype
+            assert found.tolist() == torch.tensor(data).tolist()
+    assert torch.as_tensor.__module__ != backend.__name__
+
+
+def test_updates_are_counted_whatever_assigns(monkeypatch):
+    lm = ks.StableCausalLM(ks.StableBackbone(31, 1, 2, 8))
+    lm.compile(ks.AdamW(0.01))
+    counts, count = [], backend._updates_made
+
+    def counted(optimizer):
+        counts.append(count(optimizer))
+        return counts[-1]
+
+    monkeypatch.setattr(backend, "_updates_made", counted)
+
+    def step():
+        lm.train_on_batch({"token_ids": IDS[:, :-1]}, IDS[:, 1:])
+
+    step(), step()
+    lm.optimizer.iterations.assign(70)
+    step(), step()
+    lm.optimizer.iterations.assign(0)
+    step()
+    lm.optimizer.load_own_variables(
+        {str(i): v.numpy() for i, v in enumerate(lm.optimizer.variables)}
+    )
+    step()
+    assert counts == [0, 1, 70, 71, 0, 1]
