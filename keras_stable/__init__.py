@@ -72,6 +72,7 @@ from keras_stable.mixture import MixedBatches as MixedBatches
 
 # Records of a run.
 from keras_stable.records import Health as Health
+from keras_stable.backend import keep_programs as keep_programs
 from keras_stable.backend import peak_memory as peak_memory
 from keras_stable.records import environment as environment
 from keras_stable.records import RunDirectory as RunDirectory

@@ -133,7 +133,7 @@ def parse(arguments, ks):
         "--cache",
         default="default",
         metavar="DIR",
-        help="where tokens are kept for the next run; none: in memory only "
+        help="where tokens and compiled programs are kept; none: nowhere "
         f"({ks.cache_directory()})",
     )
     add("--sequence-length", type=positive(int), default=128, help="(128)")
@@ -187,10 +187,8 @@ def parse(arguments, ks):
         help=f"{', '.join(ks.DISTRIBUTIONS)}; data: the batch is divided "
         "among all devices (jax)",
     )
-    add(
-        "--backend",
-        help=f"{', '.join(BACKENDS)} (KERAS_BACKEND, or jax)",
-    )
+    text = f"{', '.join(BACKENDS)} (KERAS_BACKEND, or jax)"
+    add("--backend", help=text)
     add = parser.add_argument_group("monitor").add_argument
     add(
         "--policy",
@@ -226,9 +224,11 @@ def read(args, ks):
     )
     tokenizer = ks.load_tokenizer(args.tokenizer, documents)
     named = {"default": ks.cache_directory(), "none": None}
-    where = {"cache": named.get(args.cache, args.cache)}
+    cache = named.get(args.cache, args.cache)
+    ks.keep_programs(cache)
     return tokenizer, [
-        ks.tokenize_corpus(source, tokenizer, **where) for source in args.data
+        ks.tokenize_corpus(source, tokenizer, cache=cache)
+        for source in args.data
     ]
 
 
@@ -371,9 +371,8 @@ def main(arguments=None):
         print(f"\n{halted}")
     corpus = run.record["corpus"]
     for row, evaluation in zip(corpus["corpora"], evaluations):
-        row["validation_loss"] = lm.evaluate(
-            evaluation, return_dict=True, verbose=0
-        )["loss"]
+        found = lm.evaluate(evaluation, return_dict=True, verbose=0)
+        row["validation_loss"] = found["loss"]
     loss = together(corpus["corpora"], "validation_loss")
     prompt = args.prompt or ("def " if args.data[0] == "python" else "The ")
     sample = lm.generate(

@@ -1,5 +1,7 @@
 """The backbone and the language model, over all variants."""
 
+import os
+
 import fresh
 import keras
 import numpy as np
@@ -284,3 +286,33 @@ def test_z_loss_is_its_formula():
     square = np.log(np.exp(z.astype("float64")).sum(-1)) ** 2
     assert float(z_loss(z)) == pytest.approx(square.mean(), rel=1e-6)
     assert float(z_loss(z, w)) == pytest.approx((w * square).mean(), rel=1e-6)
+
+
+def test_programs_are_kept_where_a_compiler_can(monkeypatch, tmp_path):
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        name = "jax_compilation_cache_dir"
+        before = getattr(jax.config, name)
+        ks.keep_programs(tmp_path)
+        # A CPU's programs are not worth it.
+        assert getattr(jax.config, name) == before
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        ks.keep_programs(None)
+        assert getattr(jax.config, name) == before
+        try:
+            ks.keep_programs(tmp_path)
+            assert getattr(jax.config, name) == str(tmp_path / "jax")
+        finally:
+            jax.config.update(name, before)
+    elif backend == "torch":
+        for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+        ks.keep_programs(tmp_path)
+        folder = os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+        assert folder == str(tmp_path / "inductor")
+        assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    else:
+        ks.keep_programs(tmp_path)

@@ -26,6 +26,7 @@ FUNCTIONS = [
     "gather",
     "gelu",
     "is_writer",
+    "keep_programs",
     "matmul_float32",
     "mean_ratios",
     "observe_updates",

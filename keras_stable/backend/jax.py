@@ -1,6 +1,7 @@
 """What keras_stable needs of JAX beyond Keras."""
 
 import contextlib
+import os
 
 import jax
 import keras
@@ -338,6 +339,19 @@ def check_observable(model):
 def is_writer():
     """Whether this process writes files: one of several does."""
     return jax.process_index() == 0
+
+
+def keep_programs(directory):
+    """Keeps compiled programs for the next process, where a compiler can.
+
+    Args:
+        directory: path of a folder, made if need be; None: nothing is kept.
+    """
+    if directory is None or jax.default_backend() == "cpu":
+        # Quickly compiled, and for one processor's instructions alone.
+        return
+    path = os.path.join(os.fspath(directory), "jax")
+    jax.config.update("jax_compilation_cache_dir", path)
 
 
 def peak_memory():

@@ -299,6 +299,15 @@ def is_writer():
     return resolver is None or resolver.task_id in (0, None)
 
 
+def keep_programs(directory):
+    """Keeps compiled programs for the next process, where a compiler can.
+
+    Args:
+        directory: path of a folder, made if need be; None: nothing is kept.
+    """
+    # TensorFlow's reads its directory before it is imported.
+
+
 def peak_memory():
     """Largest number of bytes in use on the device so far, None on a CPU."""
     if not tf.config.list_physical_devices("GPU"):

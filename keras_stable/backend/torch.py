@@ -1,6 +1,7 @@
 """What keras_stable needs of PyTorch beyond Keras."""
 
 import contextlib
+import os
 
 import torch
 from keras.src.backend.torch.core import get_device
@@ -359,6 +360,22 @@ def is_writer():
     distributed = torch.distributed
     ready = distributed.is_available() and distributed.is_initialized()
     return not ready or distributed.get_rank() == 0
+
+
+def keep_programs(directory):
+    """Keeps compiled programs for the next process, where a compiler can.
+
+    Args:
+        directory: path of a folder, made if need be; None: nothing is kept.
+    """
+    if directory is None:
+        return
+    for variable, name in (
+        ("TORCHINDUCTOR_CACHE_DIR", "inductor"),
+        ("TRITON_CACHE_DIR", "triton"),
+    ):
+        path = os.path.join(os.fspath(directory), name)
+        os.environ.setdefault(variable, path)
 
 
 def peak_memory():
