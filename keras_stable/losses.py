@@ -91,9 +91,10 @@ def _rows(raw_RV, target_R, weight_R, output_cap, z_weight, gradient_dtype):
         bounded = ops.tanh(raw_RV / output_cap)
         z, slope = output_cap * bounded, 1.0 - ops.square(bounded)
     hit = ops.arange(raw_RV.shape[-1], dtype="int32") == target_R[:, None]
+    # Written so that torch's compiler finds a softmax, and reads z once for it.
     largest = ops.max(z, axis=-1, keepdims=True)
-    scale = ops.sum(ops.exp(z - largest), axis=-1)
-    largest = largest[:, 0]
+    scale = ops.sum(ops.exp(z - largest), axis=-1, keepdims=True)
+    scale, largest = scale[:, 0], largest[:, 0]
     wanted = ops.sum(ops.where(hit, z, 0.0), axis=-1)
     known = ops.logical_and(target_R >= 0, target_R < raw_RV.shape[-1])
     wanted = ops.where(known, wanted, float("nan"))
