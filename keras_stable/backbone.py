@@ -86,7 +86,8 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
         dropout: float. On embeddings, probabilities and branches.
         initializer: `"scaled"` (normal 0.02; linear layers that write to the
             residual stream 0.02 / sqrt(2 num_layers)) or `"plain"` (0.02).
-        remat: bool. Whether blocks are recomputed in the backward pass.
+        remat: `"none"`, `"mlp"` or `"block"`: what the backward pass computes
+            again, see `TransformerBlock`. Defaults to `"none"`.
         seed: int or None, for dropout.
         dtype: dtype or policy.
 
@@ -120,7 +121,7 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
         max_sequence_length=2048,
         dropout=0.0,
         initializer="scaled",
-        remat=False,
+        remat="none",
         seed=None,
         dtype=None,
         **kwargs,
@@ -147,7 +148,7 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
             "variant": variant.to_dict(),
             "dropout": dropout,
             "initializer": initializer,
-            "remat": remat,
+            "remat": {True: "block", False: "none"}.get(remat, remat),
             "seed": seed,
         }
 

@@ -10,10 +10,14 @@ from keras_stable import telemetry
 from keras_stable import variants
 from keras_stable.attention import CausalSelfAttention
 from keras_stable.choices import Learned
+from keras_stable.choices import check_choice
 from keras_stable.mlp import MLP
 from keras_stable.norms import make_norm
 from keras_stable.randomness import check_rate
 from keras_stable.randomness import dropout
+
+# What a block may compute again in the backward pass, by memory kept.
+REMAT = ("none", "mlp", "block")
 
 
 class Residual(keras.layers.Layer):
@@ -108,8 +112,10 @@ class TransformerBlock(keras.layers.Layer):
             For one of several layers give `variant.at(num_layers, layer)`,
             which resolves what depends on them; this is the only one.
         dropout: float. On attention probabilities and on both branches.
-        remat: bool. Whether the backward pass recomputes the block instead of
-            keeping its activations.
+        remat: what the backward pass recomputes instead of keeping it:
+            `"none"`; `"mlp"`, the second half, whose inner activations are
+            the largest; `"block"`, all of it. True is `"block"`, False
+            `"none"`. Defaults to `"none"`.
         kernel_initializer, output_initializer: of linear layers that read
             from, and that write to, the residual stream.
         seed: int or None, for dropout.
@@ -138,7 +144,7 @@ class TransformerBlock(keras.layers.Layer):
         head_dim=None,
         variant="baseline",
         dropout=0.0,
-        remat=False,
+        remat="none",
         kernel_initializer=None,
         output_initializer=None,
         seed=None,
@@ -147,6 +153,8 @@ class TransformerBlock(keras.layers.Layer):
         # Keras would cast the float32 sigmas in `state` to the compute dtype.
         super().__init__(autocast=False, **kwargs)
         self.variant = variants.get(variant).at(num_layers=1, layer=0)
+        remat = {True: "block", False: "none"}.get(remat, remat)
+        check_choice(remat, REMAT, "`remat`")
         self.remat = remat
         self.dropout = check_rate(dropout)
         shared = {
@@ -210,8 +218,7 @@ class TransformerBlock(keras.layers.Layer):
         state = self.next_state(training) if state is None else state
         penalized = training and self.variant.softmax.entropy is not None
 
-        def compute(x_BTD, state, segment_ids):
-            seeds = state.get("seeds", (None, None))
+        def attention_half(x_BTD, state, segment_ids=None):
             beside = None
 
             def attention(x_BTD):
@@ -230,27 +237,47 @@ class TransformerBlock(keras.layers.Layer):
                     y, beside = y
                 return y
 
-            x_BTD = self.attention_residual(
-                x_BTD, branch=attention, seed=seeds[0]
-            )
-            x_BTD = self.mlp_residual(
-                x_BTD,
-                branch=lambda x: self.mlp(
-                    x, state=state["mlp"], training=training
-                ),
-                seed=seeds[1],
-            )
+            seed = state.get("seeds", (None, None))[0]
+            x_BTD = self.attention_residual(x_BTD, branch=attention, seed=seed)
             return x_BTD if beside is None else (x_BTD, beside)
 
-        if cache is None and "seeds" not in state:
-            # Seeded random numbers are not torch operations.
-            compute = telemetry.region(self, compute, self._key(), training)
-        if self.remat and training:
-            compute = telemetry.remat(compute)
-        if not penalized:
-            return compute(x_BTD, state, segment_ids)
-        x_BTD, penalty = compute(x_BTD, state, segment_ids)
-        self.add_loss(penalty)
+        def mlp_half(x_BTD, state):
+            def mlp(x_BTD):
+                return self.mlp(x_BTD, state=state["mlp"], training=training)
+
+            seed = state.get("seeds", (None, None))[1]
+            return self.mlp_residual(x_BTD, branch=mlp, seed=seed)
+
+        def whole(x_BTD, state, segment_ids=None):
+            x_BTD, *beside = listed(attention_half(x_BTD, state, segment_ids))
+            x_BTD = mlp_half(x_BTD, state)
+            return (x_BTD, *beside) if beside else x_BTD
+
+        def listed(found):
+            return found if isinstance(found, (tuple, list)) else (found,)
+
+        def part(function, name):
+            if cache is None and "seeds" not in state:
+                # Seeded random numbers are not torch operations.
+                key = (name, *self._key())
+                function = telemetry.region(self, function, key, training)
+            if training and name == self.remat:
+                function = telemetry.remat(function)
+            return function
+
+        # TensorFlow rematerialises functions of tensors, None is not one.
+        where = () if segment_ids is None else (segment_ids,)
+        if training and self.remat == "mlp":
+            first = part(attention_half, "attention")
+            x_BTD, *beside = listed(first(x_BTD, state, *where))
+            x_BTD = part(mlp_half, "mlp")(x_BTD, state)
+        else:
+            found = part(whole, "block")(x_BTD, state, *where)
+            x_BTD, *beside = listed(found)
+        if cache is not None:
+            return x_BTD, *beside
+        if penalized:
+            self.add_loss(*beside)
         return x_BTD
 
     def _key(self):

@@ -278,7 +278,7 @@ def region(owner, function, key, training):
         outer = recorder()
         if outer is None:
             return backend.region(owner, function, key, training)(*args)
-        found = outer.regions.setdefault(owner.path, [])
+        found = outer.regions.setdefault((owner.path, key), [])
         inner, record = escaping(function, found)
         measured = inner
         if found:

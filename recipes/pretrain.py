@@ -100,9 +100,9 @@ def parse(arguments, ks):
     add("--dropout", type=float, default=0.0, help="in [0, 1) (0)")
     add(
         "--remat",
-        action="store_true",
-        help="recompute each block in the backward pass: less memory, about "
-        "a third more time",
+        **{"nargs": "?", "const": "block", "default": "none"},
+        help="mlp or block: what the backward pass recomputes (none). block: "
+        "least memory, about a third more time",
     )
     add = parser.add_argument_group("data").add_argument
     add(

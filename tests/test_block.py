@@ -77,10 +77,11 @@ def test_later_tokens_and_other_documents_have_no_gradient(name):
         assert (grad[1] == 0).all()
 
 
+@pytest.mark.parametrize("remat", ["mlp", "block"])
 @pytest.mark.parametrize("name", ["baseline", "sigma_reparam", "qk_norm_cap"])
-def test_remat_changes_nothing(name):
+def test_remat_changes_nothing(name, remat):
     plain = built(name, dropout=0.2, seed=3)
-    again = built(name, dropout=0.2, seed=3, remat=True)
+    again = built(name, dropout=0.2, seed=3, remat=remat)
     again.set_weights(plain.get_weights())
     x = data()
     grads = []
@@ -144,3 +145,24 @@ def test_the_cap_of_keras_is_not_ours():
     # Off TPU this argument is refused; where it is not, the formula differs.
     with pytest.raises(ValueError):
         keras.ops.dot_product_attention(q, q, q, attn_logits_soft_cap=50.0)
+
+
+def test_remat_by_its_names():
+    for given, name in ((True, "block"), (False, "none"), ("mlp", "mlp")):
+        assert TransformerBlock(N, remat=given).get_config()["remat"] == name
+    with pytest.raises(ValueError, match="'none', 'mlp', 'block'"):
+        TransformerBlock(N, remat="all")
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="others do not tell what they keep"
+)
+def test_remat_keeps_less():
+    from jax._src.ad_checkpoint import saved_residuals
+
+    sizes = {}
+    for remat in ("none", "mlp", "block"):
+        block = built("baseline", remat=remat)
+        kept = saved_residuals(lambda x: block(x, training=True), data())
+        sizes[remat] = sum(array.size for array, _ in kept)
+    assert sizes["block"] < sizes["mlp"] < sizes["none"]

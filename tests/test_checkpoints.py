@@ -255,7 +255,7 @@ def test_arguments_of_the_backbone(tiny):
     dtypes = {w.path.split("/")[-1]: w.dtype for w in backbone.weights}
     assert dtypes["kernel"] == "bfloat16"
     config = backbone.get_config()
-    assert (config["remat"], config["dropout"]) == (True, 0.25)
+    assert (config["remat"], config["dropout"]) == ("block", 0.25)
     with pytest.raises(TypeError, match="multiple values.*num_layers"):
         read(tiny, num_layers=3)
 

@@ -73,19 +73,23 @@ def test_blocks_share_programs_and_change_no_bit(name, monkeypatch):
     same(weights, eagerly(monkeypatch, variant=name)[0])
 
 
-@pytest.mark.parametrize("kwargs", [{"masked": True}, {"remat": True}])
-def test_documents_and_remat(kwargs, monkeypatch):
+@pytest.mark.parametrize(
+    "kwargs, count",
+    [({"masked": True}, 1), ({"remat": "block"}, 1), ({"remat": "mlp"}, 2)],
+)
+def test_documents_and_remat(kwargs, count, monkeypatch):
     same(train(**kwargs)[0], eagerly(monkeypatch, **kwargs)[0])
-    assert len(programs._programs) == 1
+    assert len(programs._programs) == count
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["none", "mlp", "block"])
 @pytest.mark.parametrize("name", ["baseline", "qk_norm_cap", "sigma_reparam"])
 def test_what_is_measured_leaves_a_program(name, remat, monkeypatch):
     how = {"variant": name, "watched": True, "remat": remat}
     weights, tables = train(**how)
-    # Run once as it is, to learn what is measured; then as one program.
-    assert len(programs._programs) == 1
+    # Run once as it is, to learn what is measured; then as one program, or
+    # one for each half.
+    assert len(programs._programs) == (2 if remat == "mlp" else 1)
     expected = eagerly(monkeypatch, **how)
     same(weights, expected[0])
     same(tables, expected[1])

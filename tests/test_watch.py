@@ -326,11 +326,12 @@ def tables(model, data, **kwargs):
     return watch.layouts[True], sample
 
 
-def test_remat_measures_what_it_would_without():
+@pytest.mark.parametrize("policy", ["mlp", "block"])
+def test_remat_measures_what_it_would_without(policy):
     layouts, samples = zip(
         *(
             tables(language_model(remat=remat), tokens(), inputs=True)
-            for remat in (False, True)
+            for remat in ("none", policy)
         )
     )
     assert layouts[0] == layouts[1]
