@@ -15,7 +15,7 @@ CPUs that of the process, libraries included. Rows that fail are recorded.
         --rows "ours/jax/baseline,hand/jax/baseline"
 
 Writes a JSON file, a plot beside it, and prints a table. The defaults take
-about six minutes on two CPU cores.
+about four minutes on two CPU cores.
 """
 
 import argparse
