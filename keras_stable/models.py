@@ -132,7 +132,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         return super().__call__(complete(inputs), *args, **kwargs)
 
     def call(self, inputs, training=None, **kwargs):
-        if self._in_step and self._chunked:
+        if self._without_logits:
             # Hidden states: the loss has the head in it.
             return self.backbone(inputs, training=training)
         return super().call(complete(inputs), training=training, **kwargs)
@@ -170,8 +170,13 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             and not (weighted_metrics or kwargs.get("metrics"))
             and not kwargs.get("loss_weights")
         )
-        if self.backbone.token_embedding.quantization_mode is not None:
-            self._chunked = False
+
+    @property
+    def _without_logits(self):
+        """Whether the step that runs gives hidden states to the loss."""
+        embedding = self.backbone.token_embedding
+        plain = embedding.quantization_mode is None
+        return self._in_step and self._chunked and plain
 
     @contextlib.contextmanager
     def _step(self):
@@ -222,7 +227,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         """See `keras.Model.compute_loss`; adds the variant's penalties."""
         extra, weight = {}, self.backbone.variant.architecture.z_loss
         weight = weight if training else 0.0
-        if self._in_step and self._chunked:
+        if self._without_logits:
             embedding = self.backbone.token_embedding
             if telemetry.recorder() is not None:
                 # Of the logits, those of some tokens are measured.

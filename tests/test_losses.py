@@ -295,3 +295,17 @@ def test_other_losses_and_metrics_get_logits():
     lm.compile("sgd", weighted_metrics=[watching])
     lm.fit(x, y, verbose=0)
     assert set(seen) == {31}
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize`")
+def test_a_quantized_head_is_used_as_it_is():
+    x, y, _ = data()
+    lm = small("baseline")
+    lm.fit(x, y, verbose=0)
+    lm.quantize("int8")
+    logits = lm.predict(x, verbose=0)
+    expected = keras.losses.sparse_categorical_crossentropy(
+        y, logits, from_logits=True
+    )
+    found = lm.evaluate(x, y, verbose=0, return_dict=True)["loss"]
+    assert found == pytest.approx(numpy(expected).mean(), rel=1e-4)
