@@ -148,7 +148,6 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
             "variant": variant.to_dict(),
             "dropout": dropout,
             "initializer": initializer,
-            "remat": {True: "block", False: "none"}.get(remat, remat),
             "seed": seed,
         }
 
@@ -211,6 +210,8 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
             dtype=dtype,
         )
         self.variant = variant
+        # By its name, also if it was given as a bool.
+        config["remat"] = self.transformer_layers[0].remat
         self._config = config
 
         token_ids = keras.Input((None,), dtype="int32", name="token_ids")

@@ -58,18 +58,23 @@ def z_loss(logits, sample_weight=None):
     return ops.mean(square)
 
 
+def _weights(sample_weight, shape):
+    """Weights (B, T), float32, of tokens; given None, of tokens or of rows."""
+    if sample_weight is None:
+        return ops.ones(shape, "float32")
+    weight = ops.cast(ops.convert_to_tensor(sample_weight), "float32")
+    if len(weight.shape) == 1:
+        weight = weight[:, None]
+    return ops.broadcast_to(weight, shape)
+
+
 def token_accuracy(logits, target, sample_weight=None):
     """`sum(w (argmax(logits) == target)) / sum(w)`."""
     right = ops.argmax(logits, axis=-1) == ops.reshape(
         ops.cast(target, "int32"), ops.shape(logits)[:-1]
     )
     right = ops.cast(right, "float32")
-    if sample_weight is None:
-        return ops.mean(right)
-    weight = ops.cast(sample_weight, "float32")
-    if len(weight.shape) == 1:
-        weight = weight[:, None]
-    weight = weight * ops.ones_like(right)
+    weight = _weights(sample_weight, ops.shape(right))
     return ops.sum(weight * right) / ops.maximum(ops.sum(weight), 1e-30)
 
 
@@ -182,13 +187,7 @@ def next_token_loss(
     static = hidden_BTD.shape
     C, L = (1, T) if static[1] is None else _chunks(static[0], static[1], V)
     target_BT = ops.cast(ops.reshape(target_BT, (B, T)), "int32")
-    if weight_BT is None:
-        weight_BT = ops.ones((B, T), "float32")
-    else:
-        weight_BT = ops.cast(ops.convert_to_tensor(weight_BT), "float32")
-        if len(weight_BT.shape) == 1:
-            weight_BT = weight_BT[:, None]
-        weight_BT = ops.broadcast_to(weight_BT, (B, T))
+    weight_BT = _weights(weight_BT, (B, T))
 
     def split(x):
         """(B, T, ...) to (C, B, L, ...), filled up with zeros at the end."""

@@ -259,7 +259,7 @@ def child(row, config, out):
     Path(out).write_text(json.dumps(result))
 
 
-def run(row, config, timeout):
+def run(row, config, timeout, script=__file__):
     """What `measure` returns, or what went wrong."""
     backend = row.split("/")[1].partition("-")[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -274,7 +274,7 @@ def run(row, config, timeout):
             "TRITON_CACHE_DIR": str(Path(folder, "triton")),
         }
         child = ["--child", row, json.dumps(config), str(out)]
-        command = [sys.executable, __file__, *child]
+        command = [sys.executable, script, *child]
         try:
             done = subprocess.run(
                 command, env=environment, capture_output=True, timeout=timeout

@@ -15,7 +15,6 @@ import glob
 import json
 import os
 import shlex
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -153,7 +152,7 @@ def child(row, config, out):
             row, json.loads(config), watch(begin, folder, found)
         )["environment"]
     where = {k: environment[k] for k in ("device", "versions", "git_commit")}
-    result = {"row": row, **where, **summarize(found)}
+    result = {**where, **summarize(found)}
     Path(out).write_text(json.dumps(result))
 
 
@@ -167,20 +166,8 @@ def main(arguments=None):
     args, rows, configs = benchmark.parse(arguments, ks)
     results, config = [], configs[0]
     for row in rows:
-        backend = row.split("/")[1].partition("-")[0]
-        with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder, "row.json")
-            command = ["--child", row, json.dumps(config), str(out)]
-            done = subprocess.run(
-                [sys.executable, __file__, *command],
-                env={**os.environ, "KERAS_BACKEND": backend},
-                capture_output=True,
-                text=True,
-            )
-            if out.exists():
-                result = json.loads(out.read_text())
-            else:
-                result = {"row": row, "error": done.stderr.strip()[-300:]}
+        result = benchmark.run(row, config, args.timeout, script=__file__)
+        result = {"row": row, **result}
         results.append(result)
         if "error" in result:
             print(f"{row}: {result['error']}")

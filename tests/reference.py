@@ -108,24 +108,8 @@ def block(x, w, method, heads, visible):
 
 def gradient(function, x):
     """d function(x) / d x, as numpy; `function` returns a scalar."""
-    backend = keras.backend.backend()
-    if backend == "jax":
-        import jax
-
-        return np.asarray(jax.grad(function)(jax.numpy.asarray(x)))
-    if backend == "torch":
-        import torch
-
-        x = torch.tensor(x, requires_grad=True)
-        function(x).backward()
-        return x.grad.numpy()
-    import tensorflow as tf
-
-    x = tf.constant(x)
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = function(x)
-    return tape.gradient(y, x).numpy()
+    _, (found,) = with_gradients(function, x)
+    return keras.ops.convert_to_numpy(found)
 
 
 def with_gradients(function, *arrays):

@@ -1,6 +1,5 @@
 """What keras_stable needs of JAX beyond Keras."""
 
-import contextlib
 import os
 
 import jax
@@ -10,6 +9,13 @@ from jax import numpy as jnp
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
+from keras_stable.backend.whole_steps import export_options as export_options
+from keras_stable.backend.whole_steps import fused as fused
+from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
+from keras_stable.backend.whole_steps import queueing as queueing
+from keras_stable.backend.whole_steps import region as region
+from keras_stable.backend.whole_steps import to_device as to_device
+from keras_stable.backend.whole_steps import update_adamw as update_adamw
 
 __all__ = FUNCTIONS
 
@@ -36,11 +42,6 @@ def apart(value, function, *tensors):
     The model's own computation must not change by a bit, and does not here.
     """
     return value
-
-
-def fused(function):
-    """`function`, which the compiler of the step fuses by itself."""
-    return function
 
 
 def reachable(value, reference):
@@ -122,29 +123,6 @@ def matmul_float32(a, b):
     return jnp.matmul(a, b, preferred_element_type="float32")
 
 
-def region(owner, function, key, training):
-    """`function`, which is compiled with the whole step."""
-    return function
-
-
-def fuses_adamw(variables):
-    """Whether `update_adamw` is there and faster for these variables."""
-    # The compiler of the step fuses Keras's own.
-    return False
-
-
-def update_adamw(optimizer, gradients, variables, learning_rate, decay):
-    """Clips by the global norm, decays and updates, in one pass.
-
-    Args:
-        optimizer: a Keras `AdamW` that is built.
-        gradients, variables: lists. The gradients may be overwritten.
-        learning_rate: float32 scalar tensor.
-        decay: list of floats, of each variable, that the rate is times.
-    """
-    raise NotImplementedError
-
-
 def _normal(x):
     """Phi(x) within 1e-7, and exp(-x^2 / 2), which its gradient needs too.
 
@@ -186,17 +164,6 @@ def gelu(x):
 def constant(array):
     """A numpy array as a tensor. Torch keeps one of it: give it few arrays."""
     return jnp.asarray(array)
-
-
-def to_device(batch):
-    """A batch of arrays, on its way to the device; waits for nothing."""
-    return batch
-
-
-@contextlib.contextmanager
-def queueing():
-    """Within it, numbers go to the device without waiting for it."""
-    yield
 
 
 def scan(step, carry, inputs):
@@ -299,15 +266,6 @@ def each_step(model, collect):
         return original(step, *args, **kwargs)
 
     return replace(model, "_make_function", make_function)
-
-
-def export_options(rank_by_input):
-    """What `Model.export` needs for axes of any length, beyond a signature.
-
-    Args:
-        rank_by_input: dictionary from an input's name to its number of axes.
-    """
-    return {}
 
 
 def gather(packed, steps, store):

@@ -1,0 +1,51 @@
+"""What jax and TensorFlow need no code for: they compile whole steps."""
+
+import contextlib
+
+
+def fused(function):
+    """`function`, which the compiler of the step fuses by itself."""
+    return function
+
+
+def region(owner, function, key, training):
+    """`function`, which is compiled with the whole step."""
+    return function
+
+
+def fuses_adamw(variables):
+    """Whether `update_adamw` is there and faster for these variables."""
+    # The compiler of the step fuses Keras's own.
+    return False
+
+
+def update_adamw(optimizer, gradients, variables, learning_rate, decay):
+    """Clips by the global norm, decays and updates, in one pass.
+
+    Args:
+        optimizer: a Keras `AdamW` that is built.
+        gradients, variables: lists. The gradients may be overwritten.
+        learning_rate: float32 scalar tensor.
+        decay: list of floats, of each variable, that the rate is times.
+    """
+    raise NotImplementedError
+
+
+def to_device(batch):
+    """A batch of arrays, on its way to the device; waits for nothing."""
+    return batch
+
+
+@contextlib.contextmanager
+def queueing():
+    """Within it, numbers go to the device without waiting for it."""
+    yield
+
+
+def export_options(rank_by_input):
+    """What `Model.export` needs for axes of any length, beyond a signature.
+
+    Args:
+        rank_by_input: dictionary from an input's name to its number of axes.
+    """
+    return {}
