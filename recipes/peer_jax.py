@@ -15,6 +15,7 @@ B batch, T time, N heads, H head dimension, D width, V vocabulary.
 import jax
 import jax.numpy as jnp
 import numpy as np
+from peer_weights import layout
 
 EPSILON, WAVELENGTH, CAP = 1e-6, 10_000.0, 50.0
 # Of `ks.AdamW`.
@@ -23,9 +24,8 @@ DECAY, BETA_1, BETA_2, ADAM_EPSILON, CLIP = 0.1, 0.9, 0.95, 1e-8, 1.0
 
 def initialize(config, kind, seed=0):
     """All weights, float32: a dictionary of arrays and dictionaries."""
-    L, N, D = (config[k] for k in ("num_layers", "num_heads", "hidden_dim"))
-    V = config["vocabulary"]
-    keys = iter(jax.random.split(jax.random.key(seed), 4 * L + 2))
+    matrices = 4 * config["num_layers"] + 2
+    keys = iter(jax.random.split(jax.random.key(seed), matrices))
 
     def normal(*shape, deviation=0.02):
         return deviation * jax.random.normal(next(keys), shape)
@@ -33,27 +33,7 @@ def initialize(config, kind, seed=0):
     def norm(width):
         return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
-    def block():
-        # What writes to the residual stream starts smaller in deeper models.
-        small = 0.02 / (2 * L) ** 0.5
-        weights = {
-            "attention_norm": norm(D),
-            "qkv": normal(D, 3 * D),
-            "output": normal(D, D, deviation=small),
-            "mlp_norm": norm(D),
-            "fc1": normal(D, 4 * D),
-            "fc2": normal(4 * D, D, deviation=small),
-        }
-        if kind != "baseline":
-            weights |= {"query_norm": norm(D // N), "key_norm": norm(D // N)}
-        return weights
-
-    return {
-        "embedding": normal(V, D),
-        "blocks": [block() for _ in range(L)],
-        "final_norm": norm(D),
-        "head": normal(D, V),
-    }
+    return layout(config, kind, normal, norm)
 
 
 def layer_norm(x, weights):

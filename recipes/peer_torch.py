@@ -16,6 +16,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
+from peer_weights import layout
 
 EPSILON, WAVELENGTH = 1e-6, 10_000.0
 # Of `ks.AdamW`.
@@ -24,8 +25,7 @@ DECAY, BETAS, ADAM_EPSILON, CLIP = 0.1, (0.9, 0.95), 1e-8, 1.0
 
 def initialize(config, kind, device="cpu", seed=0):
     """All weights, float32: a dictionary of tensors and dictionaries."""
-    L, N, D = (config[k] for k in ("num_layers", "num_heads", "hidden_dim"))
-    V, where = config["vocabulary"], {"device": device}
+    where = {"device": device}
     generator = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape, deviation=0.02):
@@ -39,27 +39,7 @@ def initialize(config, kind, device="cpu", seed=0):
             "bias": torch.zeros(width, **where).requires_grad_(),
         }
 
-    def block():
-        # What writes to the residual stream starts smaller in deeper models.
-        small = 0.02 / (2 * L) ** 0.5
-        weights = {
-            "attention_norm": norm(D),
-            "qkv": normal(D, 3 * D),
-            "output": normal(D, D, deviation=small),
-            "mlp_norm": norm(D),
-            "fc1": normal(D, 4 * D),
-            "fc2": normal(4 * D, D, deviation=small),
-        }
-        if kind != "baseline":
-            weights |= {"query_norm": norm(D // N), "key_norm": norm(D // N)}
-        return weights
-
-    return {
-        "embedding": normal(V, D),
-        "blocks": [block() for _ in range(L)],
-        "final_norm": norm(D),
-        "head": normal(D, V),
-    }
+    return layout(config, kind, normal, norm)
 
 
 def leaves(tree):
