@@ -11,9 +11,10 @@ from keras import ops
 
 from keras_stable import backend
 
-# Entries of one chunk of logits: 2 GB of float32. With fewer rows the gradient
-# of a large head, read and written for each chunk, takes a tenth of the time.
-CHUNK = 2**29
+# Logits and tokens of one chunk, at most. Each chunk reads and writes the
+# gradient of the head; 4096 tokens make its products five times as long as
+# that. More would only take memory, and 2^29 logits take 2 GB in float32.
+CHUNK, TOKENS = 2**29, 4096
 # Rows of a batch where they are not known when the step is traced.
 _ROWS = 16
 
@@ -128,7 +129,8 @@ _rows = backend.fused(_rows)
 
 def _chunks(batch, length, vocabulary):
     """`(C, L)`: how many chunks of how many time steps."""
-    count = math.ceil((batch or _ROWS) * length * vocabulary / CHUNK)
+    tokens = (batch or _ROWS) * length
+    count = math.ceil(max(tokens * vocabulary / CHUNK, tokens / TOKENS))
     steps = math.ceil(length / min(count, length))
     return math.ceil(length / steps), steps
 
@@ -150,8 +152,8 @@ def next_token_loss(
     total = mean(w (logsumexp(z) - z[target])) + z_weight mean(w logsumexp(z)^2)
     ```
 
-    The largest tensor is a chunk of about 2^29 logits, whatever B, T and V
-    are. In training the gradients of h and W are computed beside the loss, as
+    The largest tensor is a chunk of about 2^29 logits, or of 4096 tokens if
+    those have fewer, whatever B, T and V are. In training the gradients of h and W are computed beside the loss, as
     in the Liger kernels: no logit is computed twice. Those of the logits are
     rounded to the dtype of h, as in any layer; sums are float32.
 

@@ -73,6 +73,15 @@ def test_blocks_share_programs_and_change_no_bit(name, monkeypatch):
     same(weights, eagerly(monkeypatch, variant=name)[0])
 
 
+@pytest.mark.parametrize("name", ks.VARIANTS)
+def test_programs_copy_nothing_from_the_host(name):
+    train(name)
+    for program in programs._programs.values():
+        targets = {str(node.target) for node in program.graph.nodes}
+        # What a trace makes of `as_tensor`; on a GPU every run would wait.
+        assert not any("lift_fresh" in target for target in targets)
+
+
 @pytest.mark.parametrize(
     "kwargs, count",
     [({"masked": True}, 1), ({"remat": "block"}, 1), ({"remat": "mlp"}, 2)],

@@ -1,16 +1,15 @@
 """What keras_stable needs of PyTorch beyond Keras."""
 
-import contextlib
 import os
 
 import torch
 from keras.src.backend.torch.core import get_device
 from torch.utils._pytree import tree_map
 
-from keras_stable.backend import torch_programs
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
 from keras_stable.backend.torch_programs import fused as fused
+from keras_stable.backend.torch_programs import queueing as queueing
 from keras_stable.backend.torch_programs import region as region
 
 __all__ = FUNCTIONS
@@ -197,32 +196,6 @@ def to_device(batch):
         return x
 
     return tree_map(send, batch)
-
-
-@contextlib.contextmanager
-def queueing():
-    """Within it, numbers go to the device without waiting for it."""
-    # Keras turns every Python number into a tensor by `torch.as_tensor`. Its
-    # copy to a GPU waits for all that was queued before; ten of them in a step
-    # left an H100 idle for a sixth of the time. A kernel that fills, or a copy
-    # from pinned memory, queues up instead.
-    original = torch.as_tensor
-
-    def as_tensor(data, dtype=None, device=None):
-        there = device is not None and torch.device(device).type == "cuda"
-        tensor = isinstance(data, torch.Tensor)
-        if not there or tensor or torch_programs.is_tracing():
-            return original(data, dtype=dtype, device=device)
-        if isinstance(data, (bool, int, float)):
-            return torch.full((), data, dtype=dtype, device=device)
-        host = original(data, dtype=dtype, device="cpu")
-        return host.pin_memory().to(device, non_blocking=True)
-
-    torch.as_tensor = as_tensor
-    try:
-        yield
-    finally:
-        torch.as_tensor = original
 
 
 def scan(step, carry, inputs):

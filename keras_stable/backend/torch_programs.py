@@ -6,11 +6,13 @@ torch operations, a pure function of tensors; only that graph is compiled, and
 all layers of one structure share it.
 """
 
+import contextlib
 import functools
 import warnings
 
 import keras
 import torch
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -41,8 +43,34 @@ def can_compile():
     return False
 
 
-def is_tracing():
-    return _tracing
+@contextlib.contextmanager
+def queueing():
+    """Within it, numbers go to the device without waiting for it."""
+    # Keras turns every Python number into a tensor by `torch.as_tensor`. Its
+    # copy to a GPU waits for all that was queued before; ten of them in a step
+    # left an H100 idle for a sixth of the time. A kernel that fills, or a copy
+    # from pinned memory, queues up instead. A trace would record the copy and
+    # its program wait in every run: numbers become part of the program, and
+    # arrays are copied once, while it is traced.
+    original = torch.as_tensor
+
+    def as_tensor(data, dtype=None, device=None):
+        there = device is not None and torch.device(device).type == "cuda"
+        if isinstance(data, torch.Tensor) or not (there or _tracing):
+            return original(data, dtype=dtype, device=device)
+        if isinstance(data, (bool, int, float)):
+            return torch.full((), data, dtype=dtype, device=device)
+        with disable_proxy_modes_tracing():
+            if not there:
+                return original(data, dtype=dtype, device=device)
+            host = original(data, dtype=dtype, device="cpu")
+            return host.pin_memory().to(device, non_blocking=True)
+
+    torch.as_tensor = as_tensor
+    try:
+        yield
+    finally:
+        torch.as_tensor = original
 
 
 def trace(function, *args):
@@ -52,7 +80,7 @@ def trace(function, *args):
     try:
         # Without a gradient of its own: it is taken through the graph. Before
         # dispatch, so that attention chooses its kernel when the graph runs.
-        with torch.no_grad():
+        with torch.no_grad(), queueing():
             graph = make_fx(function, pre_dispatch=True)(*args)
     finally:
         _tracing = outer
