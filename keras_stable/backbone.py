@@ -10,6 +10,7 @@ import numpy as np
 from keras_stable import variants
 from keras_stable.block import TransformerBlock
 from keras_stable.choices import check_choice
+from keras_stable.distribution import check_heads
 from keras_stable.distribution import get_layout_map
 from keras_stable.embeddings import TokenEmbedding
 from keras_stable.norms import make_norm
@@ -127,6 +128,7 @@ class StableBackbone(Presets, keras_hub.models.Backbone):
         **kwargs,
     ):
         variant = variants.get(variant)
+        check_heads(num_heads)
         check_choice(initializer, INITIALIZERS, "initializer")
         config = {
             "vocabulary_size": vocabulary_size,

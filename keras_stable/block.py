@@ -11,6 +11,7 @@ from keras_stable import variants
 from keras_stable.attention import CausalSelfAttention
 from keras_stable.choices import Learned
 from keras_stable.choices import check_choice
+from keras_stable.distribution import along_batch
 from keras_stable.mlp import MLP
 from keras_stable.norms import make_norm
 from keras_stable.randomness import check_rate
@@ -79,7 +80,8 @@ class Residual(keras.layers.Layer):
             scale = ops.cast(scale, "float32")
             return ops.cast(ops.cast(x, "float32") * scale, x.dtype)
 
-        y_BTD = branch(normalize(self.pre_norm, x_BTD))
+        x_BTD = along_batch(x_BTD)
+        y_BTD = along_batch(branch(normalize(self.pre_norm, x_BTD)))
         y_BTD = normalize(self.branch_norm, y_BTD)
         y_BTD = scaled(dropout(y_BTD, self.dropout, seed), self.gain)
         x_BTD = scaled(x_BTD, self.placement.skip) + y_BTD

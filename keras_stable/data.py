@@ -6,6 +6,7 @@ B batch, T sequence length, N tokens, W windows of a pass, V vocabulary.
 import grain
 import numpy as np
 
+from keras_stable import backend
 from keras_stable.choices import check_integer
 from keras_stable.tokenizers import token_digest
 
@@ -55,7 +56,8 @@ class TokenBatches(grain.MapDataset):
     So a pass predicts every token once, except fewer than 2 T at the ends and
     fewer than B windows that fill no batch (others in every pass). Batch b of
     pass e, global step `e len(self) + b`, is made in about 0.1 ms when asked
-    for; nothing is drawn before.
+    for; nothing is drawn before. Where several processes train one model (see
+    `set_distribution`), each makes its own rows of batch b and no others.
 
     With `mask_documents` the tokens of a window see their own document only:
 
@@ -175,7 +177,8 @@ class TokenBatches(grain.MapDataset):
         if isinstance(index, slice):
             return self.slice(index)
         step = self.first_step + index
-        ids = self.windows(self.sample_indices(step))
+        samples = self.sample_indices(step)
+        ids = self.windows(samples[backend.local_rows(self.batch_size)])
         inputs = {"token_ids": ids[:, :-1].astype("int32")}
         targets = ids[:, 1:].astype("int32")
         if not self.mask_documents:
@@ -196,7 +199,6 @@ class TokenBatches(grain.MapDataset):
             pass has another's index. It does not depend on `set_state`.
         """
         step = check_integer(step, "`step`", 0)
-        # One process of several would take its rows of the batch here.
         windows = np.asarray(self._order[step], "int64")
         return step // len(self) * self.num_windows + windows
 

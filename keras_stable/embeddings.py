@@ -39,12 +39,10 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
     """
 
     def head_kernel(self):
-        """W (D, V), in the compute dtype."""
+        """W (D, V), in the dtype of the weights."""
         if self.tie_weights:
-            kernel = ops.transpose(self.embeddings)
-        else:
-            kernel = ops.convert_to_tensor(self.reverse_embeddings)
-        return ops.cast(kernel, self.compute_dtype)
+            return ops.transpose(self.embeddings.value)
+        return self.reverse_embeddings.value
 
     def call(self, inputs, reverse=False):
         if not reverse:
@@ -53,7 +51,8 @@ class TokenEmbedding(keras.layers.ReversibleEmbedding):
         rows = ops.reshape(
             ops.cast(inputs, self.compute_dtype), (-1, shape[-1])
         )
-        logits = backend.matmul_float32(rows, self.head_kernel())
+        kernel = ops.cast(self.head_kernel(), self.compute_dtype)
+        logits = backend.matmul_float32(rows, kernel)
         if self.logit_soft_cap is not None:
             logits = self.logit_soft_cap * ops.tanh(
                 logits / self.logit_soft_cap

@@ -153,13 +153,15 @@ def next_token_loss(
     ```
 
     The largest tensor is a chunk of about 2^29 logits, or of 4096 tokens if
-    those have fewer, whatever B, T and V are. In training the gradients of h and W are computed beside the loss, as
-    in the Liger kernels: no logit is computed twice. Those of the logits are
-    rounded to the dtype of h, as in any layer; sums are float32.
+    those have fewer, whatever B, T and V are. In training the gradients of h
+    and W are computed beside the loss, as in the Liger kernels: no logit is
+    computed twice. Those of the logits are rounded to the dtype of h, as in
+    any layer; sums are float32.
 
     Args:
         hidden_BTD: tensor.
-        kernel_DV: tensor of the dtype of `hidden_BTD`.
+        kernel_DV: tensor. It is cast to the dtype of `hidden_BTD`; its gradient
+            is float32 if it is.
         target_BT: int tensor. One outside of the vocabulary makes NaN.
         weight_BT: tensor or None: w. Defaults to ones. Means divide by the
             number of tokens, not by the sum of w, as Keras does.
@@ -203,6 +205,8 @@ def next_token_loss(
 
     def passes(hidden_BTD, kernel_DV, target_BT, weight_BT, gradient=True):
         dtype = keras.backend.standardize_dtype(hidden_BTD.dtype)
+        # In here: the gradient is that of the kernel as it came.
+        kernel_DV = ops.cast(kernel_DV, dtype)
 
         def chunk(carry, inputs):
             hidden, target, weight = inputs
@@ -229,13 +233,11 @@ def next_token_loss(
             back = back[None]
         else:
             carry, back = backend.scan(chunk, start, inputs)
-        count = ops.cast(B * T, "float32")
         if not gradient:
-            return carry / count
+            return carry
         sums, kernel = carry
         back = ops.transpose(back, (1, 0, 2, 3))
-        back = ops.reshape(back, (B, C * L, D))[:, :T]
-        return sums / count, (back / count, kernel / count)
+        return sums, (ops.reshape(back, (B, C * L, D))[:, :T], kernel)
 
     tensors = (hidden_BTD, kernel_DV, target_BT, weight_BT)
     if training:
@@ -243,5 +245,7 @@ def next_token_loss(
     else:
         sums = passes(*tensors, gradient=False)
     total, square, right = ops.unstack(sums)
-    share = ops.maximum(ops.mean(weight_BT), 1e-30)
-    return total, z_weight * square, right / share
+    # After the gradients, which are then scaled once for all.
+    count = ops.cast(B * T, "float32")
+    share = ops.maximum(ops.sum(weight_BT), 1e-30)
+    return total / count, z_weight * square / count, right / share

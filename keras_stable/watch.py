@@ -95,7 +95,7 @@ class Watch:
         _check(model)
         self.full, self.inputs = True, inputs
         self.layout = packing.Layout()
-        self.layouts, self._functions, self._store = {}, {}, {}
+        self.layouts, self._programs, self._store = {}, {}, {}
         self._forward = self._found = self._optimizer = None
         self.measures = True
         self.shown = {}
@@ -260,7 +260,6 @@ class Watch:
         if model.train_function is not None and not force:
             return
         backend.check_observable(model)
-        self._functions = {}
         if model.optimizer is not self._optimizer:
             # The first time, or compiled anew.
             self._optimizer = model.optimizer
@@ -269,36 +268,33 @@ class Watch:
                     model.optimizer, self._before, self._after
                 )
             )
+        # Both at once: for a distribution Keras asks weights where they lie,
+        # and on jax they have no values while an epoch goes on.
+        self._programs = {full: self._program(full) for full in (False, True)}
         model.train_function = self._run
 
-    def _program(self):
-        """The train function of a full or of a light step."""
-        if self.full not in self._functions:
-            model = self._model
-            train_step = type(model).train_step.__get__(model)
+    def _program(self, full):
+        """The train function of full or of light steps."""
+        model = self._model
+        train_step = type(model).train_step.__get__(model)
+        regions = {}
 
-            regions = {}
+        # Each program needs a function of its own: jax takes two bound
+        # methods for one, and would reuse what it traced of the first.
+        def step(*args, **kwargs):
+            recorder = telemetry.Recorder(full, self.inputs, regions=regions)
+            self.layout = packing.Layout()
+            with telemetry.recording(recorder):
+                return train_step(*args, **kwargs)
 
-            # Each program needs a function of its own: jax takes two bound
-            # methods for one, and would reuse what it traced of the first.
-            def step(*args, **kwargs):
-                recorder = telemetry.Recorder(
-                    self.full, self.inputs, regions=regions
-                )
-                self.layout = packing.Layout()
-                with telemetry.recording(recorder):
-                    return train_step(*args, **kwargs)
-
-            self._undo.append(internals.replace(model, "train_step", step))
-            self._make(force=True)
-            self._functions[self.full] = model.train_function
-            model.train_function = self._run
-        return self._functions[self.full]
+        self._undo.append(internals.replace(model, "train_step", step))
+        self._make(force=True)
+        return model.train_function
 
     def _run(self, *args):
         self._pending.append([])
         try:
-            result = self._program()(*args)
+            result = self._programs[self.full](*args)
         except StopIteration:
             # The data ended.
             self._pending.pop()

@@ -6,6 +6,7 @@ import jax
 import keras
 import numpy as np
 from jax import numpy as jnp
+from jax.experimental import mesh_utils
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
@@ -26,14 +27,48 @@ def device_name():
     return f"{devices[0].device_kind} x {len(devices)}"
 
 
-def check_data_parallel(batch_size):
-    """Raises unless a batch divides evenly among the devices."""
-    devices = jax.device_count()
-    if batch_size % devices:
+def distribute(name, batch_size, tensor_parallel, devices):
+    """The devices as a mesh (batch, model), or None where there is none.
+
+    Raises:
+        ValueError: if this backend cannot distribute so, or if there are not
+            as many devices or sequences as it takes.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    model = 1
+    if "tensor" in name:
+        local = min(jax.local_device_count(), len(devices))
+        model = local if name == "tensor" else min(2, len(devices))
+        model = tensor_parallel or model
+        if len(devices) % model:
+            raise ValueError(
+                f"`tensor_parallel` must divide the {len(devices)} devices. "
+                f"Received: {model}"
+            )
+    shape = (len(devices) // model, model)
+    if batch_size % shape[0]:
         raise ValueError(
-            f"The batch must be a multiple of the {devices} devices it is "
+            f"The batch must be a multiple of the {shape[0]} devices it is "
             f"divided among. Received: batch size {batch_size}"
         )
+    if all(getattr(device, "platform", None) == "tpu" for device in devices):
+        # Neighbours next to each other, where the links are.
+        return mesh_utils.create_device_mesh(shape, devices)
+    return np.array(devices).reshape(shape)
+
+
+def undistribute():
+    """Ends what `distribute` began."""
+
+
+def local_rows(batch_size):
+    """Which rows of a global batch this process feeds: int array."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or jax.process_count() == 1:
+        return np.arange(batch_size)
+    layout = distribution.get_data_layout((batch_size,)).backend_layout
+    places = layout.addressable_devices_indices_map((batch_size,)).values()
+    return np.unique([np.arange(batch_size)[place] for place in places])
 
 
 def apart(value, function, *tensors):

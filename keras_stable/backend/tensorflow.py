@@ -1,6 +1,6 @@
 """What keras_stable needs of TensorFlow beyond Keras."""
 
-
+import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
@@ -26,12 +26,38 @@ def device_name():
     return f"{details.get('device_name', 'GPU')} x {len(devices)}"
 
 
-def check_data_parallel(batch_size):
-    raise ValueError(
-        "Keras accepts a distribution on tensorflow and then ignores it: "
-        "training would run on one device. Use KERAS_BACKEND=jax for data "
-        "parallelism."
-    )
+def distribute(name, batch_size, tensor_parallel, devices):
+    """Lets `tf.distribute` mirror models over devices; None: there is no mesh.
+
+    Keras accepts its own distributions on tensorflow and then ignores them.
+    """
+    if name != "data":
+        raise ValueError(
+            f"On tensorflow there is no distribution {name!r}, only 'data'. "
+            "Use KERAS_BACKEND=jax."
+        )
+    if devices is None:
+        devices = tf.config.list_logical_devices("GPU")
+        devices = devices or tf.config.list_logical_devices("CPU")
+        devices = [device.name for device in devices]
+    if batch_size % len(devices):
+        raise ValueError(
+            f"The batch must be a multiple of the {len(devices)} devices it "
+            f"is divided among. Received: batch size {batch_size}"
+        )
+    strategy = tf.distribute.MirroredStrategy(devices)
+    tf.distribute.experimental_set_strategy(strategy)
+
+
+def undistribute():
+    """Ends what `distribute` began."""
+    if isinstance(tf.distribute.get_strategy(), tf.distribute.MirroredStrategy):
+        tf.distribute.experimental_set_strategy(None)
+
+
+def local_rows(batch_size):
+    """Which rows of a global batch this process feeds: int array."""
+    return np.arange(batch_size)
 
 
 def apart(value, function, *tensors):

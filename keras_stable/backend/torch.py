@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import torch
 from keras.src.backend.torch.core import get_device
 from torch.utils._pytree import tree_map
@@ -24,11 +25,21 @@ def device_name():
     return "cpu x 1"
 
 
-def check_data_parallel(batch_size):
+def distribute(name, batch_size, tensor_parallel, devices):
     raise ValueError(
         "Keras accepts a distribution on torch and then ignores it: training "
-        "would run on one device. Use KERAS_BACKEND=jax for data parallelism."
+        f"would run on one device. Use KERAS_BACKEND=jax for {name!r}, or "
+        "tensorflow for 'data'."
     )
+
+
+def undistribute():
+    """Ends what `distribute` began."""
+
+
+def local_rows(batch_size):
+    """Which rows of a global batch this process feeds: int array."""
+    return np.arange(batch_size)
 
 
 def apart(value, function, *tensors):
