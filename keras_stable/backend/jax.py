@@ -61,6 +61,30 @@ def undistribute():
     """Ends what `distribute` began."""
 
 
+def replicas():
+    """How many parts of a loss Keras adds up."""
+    return 1
+
+
+def global_mean(x):
+    """The mean over all processes; its gradient is that of `x`."""
+    return x
+
+
+def merge(tensors):
+    """Gradients of the whole batch from those that copies of the model have.
+
+    Args:
+        tensors: list of tensors and None.
+    """
+    return tensors
+
+
+def must_merge():
+    """Whether gradients differ between processes until `merge`."""
+    return False
+
+
 def local_rows(batch_size):
     """Which rows of a global batch this process feeds: int array."""
     distribution = keras.distribution.distribution()
