@@ -11,6 +11,7 @@ health.jsonl   what the monitor saw, one JSON object a line, each of a "kind":
     overhead   what the monitor measured of its own cost
 events/        black boxes: STEP-DETECTOR.npz, the steps before an event
 monitor.json   the state of the detectors, for resuming
+checkpoints/   states of the whole training, see `snapshots`
 model.keras    the trained model
 ```
 
@@ -200,6 +201,11 @@ class HealthWriter:
         line = json.dumps(_to_json({"kind": kind, **entries}))
         self._file.write(line + "\n")
 
+    def position(self):
+        """How many bytes were written."""
+        self._file.flush()
+        return self._file.tell()
+
     def black_box(self, event, arrays):
         """Writes `events/STEP-DETECTOR.npz`."""
         folder = self.path / "events"
@@ -210,6 +216,24 @@ class HealthWriter:
 
     def close(self):
         self._file.close()
+
+
+def cut(path, step, size):
+    """Deletes what was recorded after a step.
+
+    Args:
+        path: the run's directory.
+        step: int.
+        size: bytes of `health.jsonl` after that step, or None: it is left.
+    """
+    file = Path(path) / "health.jsonl"
+    if size is not None and file.exists() and file.stat().st_size > size:
+        _check_ours(file)
+        os.truncate(file, size)
+    for box in (Path(path) / "events").glob("*-*.npz"):
+        number = box.name.partition("-")[0]
+        if number.isdecimal() and int(number) > step:
+            box.unlink()
 
 
 def _check_ours(file):
