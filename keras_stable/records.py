@@ -37,7 +37,10 @@ from keras_stable.choices import check_choice
 from keras_stable.events import Event
 
 SCHEMA = 2
-PACKAGES = "keras keras-hub numpy grain jax torch tensorflow tensorflow-cpu"
+PACKAGES = (
+    "keras keras-hub numpy grain orbax-checkpoint jax torch tensorflow "
+    "tensorflow-cpu"
+)
 
 
 def _to_json(value):
@@ -74,6 +77,17 @@ def read_json(file):
     return _from_json(json.loads(Path(file).read_text()))
 
 
+def versions():
+    """Versions of Python and of those of `PACKAGES` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES.split():
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def environment():
     """Where a run takes place: what another needs to repeat it.
 
@@ -83,17 +97,11 @@ def environment():
         (of the working directory, None outside a repository; `"+changes"` if
         files differ from it), `"command"` and `"started"` (UTC).
     """
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES.split():
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "backend": keras.backend.backend(),
         "device": backend.device_name(),
-        "versions": versions,
+        "versions": versions(),
         "git_commit": _git_commit(),
         "command": " ".join(["python", *sys.argv]),
         "started": now.isoformat(timespec="seconds"),

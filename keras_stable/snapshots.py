@@ -6,6 +6,7 @@ DIRECTORY/
         arrays/          weights and slots, as Orbax writes them
         state.json       all else
         manifest.json    bytes and SHA-256 of each file; written last
+    00000150.damaged/    what `set_aside` found of no use
     latest.json          the last that was completed
 ```
 
@@ -14,7 +15,9 @@ whose files are not those of its manifest is damaged.
 """
 
 import concurrent.futures
+import contextlib
 import hashlib
+import json
 import os
 import shutil
 from pathlib import Path
@@ -59,12 +62,19 @@ def _files(path):
 
 def _measure(file, sync=False):
     if file.is_symlink() or not file.is_file():
-        raise ValueError(f"{file.name} is not a plain file")
+        return None
     with open(file, "rb") as content:
         if sync:
             os.fsync(content.fileno())
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
+
+
+def _digest(content):
+    """SHA-256 of a manifest's content."""
+    content = {k: v for k, v in content.items() if k != "sha256"}
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def seal(directory, step):
@@ -79,6 +89,7 @@ def seal(directory, step):
         found = pool.map(lambda file: _measure(file, sync=True), files.values())
         content = {"schema": SCHEMA, "step": step}
         content["files"] = dict(zip(files, found))
+    content["sha256"] = _digest(content)
     write_json(path / MANIFEST, content)
     write_json(Path(directory) / "latest.json", {"step": step})
 
@@ -86,37 +97,62 @@ def seal(directory, step):
 def verify(directory, step):
     """Reads all of a checkpoint.
 
+    Returns:
+        What is wrong with it; None if it is as it was sealed.
+
     Raises:
-        ValueError: with what is wrong with it, if it is not as it was sealed.
+        ValueError: if it was written by another version.
     """
     path = folder(directory, step)
     if not is_sealed(directory, step):
-        raise ValueError("it was never completed")
+        return "it was never completed"
     try:
         content = read_json(path / MANIFEST)
-        schema, sealed = content["schema"], content["step"]
-        wanted = dict(content["files"])
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ValueError(f"{MANIFEST} cannot be read: {error}") from None
-    if schema != SCHEMA:
-        raise ValueError(f"it is of schema {schema!r}, this is {SCHEMA}")
-    if sealed != step:
-        raise ValueError(f"it is of step {sealed!r}, not of {step}")
-    try:
-        files = _files(path)
-        for name in sorted(wanted.keys() | files.keys()):
-            if name not in files:
-                raise ValueError(f"{name} is missing")
-            if name not in wanted:
-                raise ValueError(f"{name} does not belong to it")
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            found = dict(zip(files, pool.map(_measure, files.values())))
+        if content["sha256"] != _digest(content):
+            return f"{MANIFEST} is damaged"
+        schema = content["schema"]
+        if schema != SCHEMA:
+            raise ValueError(
+                f"{path} was written by another version of keras_stable: its "
+                f"schema is {schema!r}, this one reads {SCHEMA}."
+            )
+        if content["step"] != step:
+            return f"it is of step {content['step']!r}"
+        return _compare(content["files"], _files(path))
     except OSError as error:
-        raise ValueError(f"it cannot be read: {error}") from None
-    for name, measured in found.items():
-        if wanted[name] != measured:
-            cut = f"{name} is damaged: {measured['bytes']} bytes"
-            raise ValueError(f"{cut}, and not those that were saved")
+        return f"it cannot be read: {error}"
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return f"{MANIFEST} is damaged"
+    except (TypeError, KeyError, AttributeError):
+        return f"{MANIFEST} is no manifest"
+
+
+def _compare(wanted, files):
+    for name in sorted(wanted.keys() | files.keys()):
+        if name not in files:
+            return f"{name} is missing"
+        if name not in wanted:
+            return f"{name} does not belong to it"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for name, found in zip(files, pool.map(_measure, files.values())):
+            if found is None:
+                return f"{name} is not a plain file"
+            if found["bytes"] != wanted[name]["bytes"]:
+                return (
+                    f"{name} has {found['bytes']} bytes instead of "
+                    f"{wanted[name]['bytes']}"
+                )
+            if found != wanted[name]:
+                return f"{name} is damaged"
+    return None
+
+
+def set_aside(directory, step):
+    """Renames what is damaged, so that it is not counted among the good."""
+    path = folder(directory, step)
+    if is_sealed(directory, step):
+        with contextlib.suppress(OSError):
+            path.rename(path.with_name(path.name + ".damaged"))
 
 
 def remove(directory, step):
@@ -131,8 +167,7 @@ def prune(directory, step, keep_last, keep_every):
 
     Kept are it, `keep_last - 1` before it, all at multiples of `keep_every`,
     and the last whose monitor had nothing to say: one that was saved while a
-    loss spike was growing does not replace it. Later ones, from before a
-    resumption went back, are not counted: they were found to be bad.
+    loss spike was growing does not replace it. Incomplete ones go.
 
     Returns:
         List of the steps deleted.

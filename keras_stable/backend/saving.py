@@ -6,6 +6,7 @@ TensorFlow go through numpy.
 """
 
 import contextlib
+import re
 
 import keras
 import numpy as np
@@ -15,6 +16,7 @@ from keras.src.random import seed_generator
 JAX = keras.backend.backend() == "jax"
 # Seconds that processes wait for each other to have written.
 PATIENCE = 300
+SEED = re.compile(r"\bseed_generator_\d+")
 
 
 def orbax():
@@ -46,7 +48,8 @@ def checkpointer(patience=PATIENCE):
 def variables_of(model):
     """All variables of a model and its optimizer by a unique name.
 
-    In step with training: on jax, `fit` keeps their values to itself.
+    In step with training: on jax, `fit` keeps their values to itself. Names
+    do not have the numbers that Keras gives to the second in a process.
     """
     with contextlib.suppress(AttributeError):
         model.jax_state_sync()
@@ -57,14 +60,17 @@ def variables_of(model):
     for kind, owner in (("model", model), ("optimizer", optimizer)):
         for variable in owner.variables:
             if 0 not in variable.shape:  # There is nothing to save.
-                name = f"{kind}/{variable.path}"
+                path = SEED.sub("seed_generator", variable.path)
+                if owner is optimizer:
+                    path = path.partition("/")[2]
+                name = f"{kind}/{path}"
                 while name in found:
                     name += "+"
                 found[name] = variable
     return found
 
 
-def all_finite(variables):
+def not_finite(variables):
     """Names of those with an entry that is not finite."""
     names = [n for n, v in variables.items() if "float" in v.dtype]
     if not names:
@@ -112,13 +118,28 @@ def process_count():
     return jax.process_count()
 
 
-def agree(number):
-    """The writer's integer, in all processes."""
+def agree_on(find):
+    """What the writer finds: `(number, details)`, the number in all processes.
+
+    Args:
+        find: function that returns those; what it raises is raised in all.
+    """
     if process_count() == 1:
-        return number
+        return find()
+    import jax
     from jax.experimental import multihost_utils
 
-    return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
+    number, details, error = -1, {}, None
+    if jax.process_index() == 0:
+        try:
+            number, details = find()
+        except ValueError as found:
+            error = found
+    told = np.array([number, error is not None])
+    number, failed = multihost_utils.broadcast_one_to_all(told).tolist()
+    if failed:
+        raise error or ValueError("The first process says what is wrong.")
+    return number, details
 
 
 def agreed_to_stop(step):
@@ -135,3 +156,28 @@ def agreed_to_stop(step):
 def default_seed():
     """The variable behind `keras.random` where no seed is given."""
     return seed_generator.global_seed_generator().state
+
+
+def native_seeds():
+    """States of the backend's own generators, which torch's dropout uses."""
+    if keras.backend.backend() != "torch":
+        return None
+    import torch
+
+    states = [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+    return [state.numpy().tobytes().hex() for state in states]
+
+
+def set_native_seeds(states):
+    """Sets what `native_seeds` returned, on as many devices as there are."""
+    if keras.backend.backend() != "torch" or states is None:
+        return
+    import torch
+
+    states = [
+        torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8)
+        for state in states
+    ]
+    torch.set_rng_state(states[0])
+    for device, state in zip(range(torch.cuda.device_count()), states[1:]):
+        torch.cuda.set_rng_state(state, device)
