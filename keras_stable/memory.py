@@ -17,6 +17,8 @@ def state_of(monitor):
     return {
         "step": monitor.step,
         "place": list(monitor._place),
+        "last": monitor.last,
+        "verdict": int(monitor.verdict),
         "worst": int(monitor.worst),
         "alert": [monitor._alert, monitor._calm],
         "budget": monitor._budget.state(),
@@ -27,16 +29,22 @@ def state_of(monitor):
     }
 
 
+def announce(monitor, state):
+    """Shows a state before `fit` goes on from it."""
+    monitor.step, monitor.last = state["step"], state["last"]
+    monitor.worst = Verdict(state["worst"])
+    monitor._diagnosis, monitor._kept = None, Verdict(state["verdict"])
+
+
 def recall(monitor, state):
     """Lets a monitor in `fit` go on from a state; returns its step."""
-    step = monitor.step = state["step"]
+    announce(monitor, state)
+    step, monitor._kept = monitor.step, Verdict.OK
     monitor._place = epoch, batch = state["place"]
     monitor._offsets = {epoch: batch + 1}
-    monitor.worst = Verdict(state["worst"])
     monitor._alert, monitor._calm = state["alert"]
     monitor._lag = step - internals.batches_seen(monitor.model.optimizer)
     monitor._budget.restore(state["budget"])
-    monitor._diagnosis = None
     if state["diagnosis"] is not None:
         monitor._layout = state["layout"] and Layout(**state["layout"])
         # Another state, in a file, is of another step.

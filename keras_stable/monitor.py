@@ -142,12 +142,12 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._reported = ReportedLosses()
         self._selection = Selection()
         self.step, self.last, self.events = 0, {}, []
-        self.worst = Verdict.OK
+        self.worst = self._kept = Verdict.OK
         self._place, self._offsets, self._state = (0, -1), {}, None
 
     @property
     def verdict(self):
-        return self._diagnosis.verdict if self._diagnosis else Verdict.OK
+        return self._diagnosis.verdict if self._diagnosis else self._kept
 
     @property
     def overhead(self):
@@ -224,9 +224,9 @@ class StabilityMonitor(keras.callbacks.Callback):
         `BackupAndRestore` may have gone back: then, and after a halt, what
         the detectors remember is of no use.
         """
+        state, self._state = self._state, None
         begun = internals.batches_seen(self.model.optimizer) + self._lag
-        if self._state is not None:
-            state, self._state = self._state, None
+        if state is not None:
             begun = memory.recall(self, state)
         halted = self.policy == "halt" and self.verdict.lost
         if halted or begun < self.step:
@@ -237,10 +237,7 @@ class StabilityMonitor(keras.callbacks.Callback):
             self._diagnose(None)
 
     def get_state(self, step):
-        """All that it remembers after a step, values that go into JSON.
-
-        During `fit`; it first looks at what was not looked at yet.
-        """
+        """All that it remembers after a step of `fit`, as JSON's values."""
         with self._ending_on_error():
             end = time.monotonic() + 60  # Logs may be on their way.
             while self.step < step and time.monotonic() < end:
@@ -250,6 +247,7 @@ class StabilityMonitor(keras.callbacks.Callback):
     def set_state(self, state):
         """Lets the next `fit` go on from a state; later records are deleted."""
         self._state = state
+        memory.announce(self, state)
         if self.path is not None and backend.is_writer():
             cut(self.path, state["step"], state["bytes"])
 
@@ -290,7 +288,7 @@ class StabilityMonitor(keras.callbacks.Callback):
 
     def _look(self, step, epoch, batch, sample):
         full = sample.tensors is not None
-        if full and self._watch.layouts[True] is not self._layout:
+        if full and self._watch.layouts[True] != self._layout:
             self._layout = self._watch.layouts[True]
             self._write("layout", schema=SCHEMA, **describe(self._layout))
             self._diagnose(self._layout)

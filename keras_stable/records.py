@@ -128,12 +128,15 @@ class RunDirectory:
     Args:
         path: the directory. Made, with its parents, if it is not there.
         config: dictionary of JSON values: what was asked for.
+        begin: int. The step after which the run that it holds goes on; 0
+            deletes what the monitor recorded. Defaults to None: a new run.
 
     Attributes:
-        record: dictionary, the content of `run.json`.
+        record: dictionary, the content of `run.json`. Its `"resumed"` is a
+            list: where and when it went on, after which step.
 
     Raises:
-        FileExistsError: if it holds a run already.
+        FileExistsError: if it holds a run already, and `begin` is None.
         OSError: if it cannot be written.
 
     Example:
@@ -142,9 +145,17 @@ class RunDirectory:
     >>> run.update(status="finished", val_loss=1.9)           # doctest: +SKIP
     """
 
-    def __init__(self, path, config):
+    def __init__(self, path, config, begin=None):
         self.path = Path(path)
         file = self.path / "run.json"
+        if begin is not None:
+            if begin == 0:
+                cut(path, 0, 0)
+            self.record = read_run(path)
+            again = [{"step": begin, **environment()}]
+            again = self.record.get("resumed", []) + again
+            self.update(status="running", resumed=again)
+            return
         if file.exists():
             raise FileExistsError(
                 f"{self.path} already holds another run (its {file.name} is "

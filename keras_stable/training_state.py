@@ -73,7 +73,9 @@ def _run(model, variables, config):
         "config": config,
         "optimizer": _settings(optimizer),
         "weights": {
-            name: f"{v.dtype} {list(v.shape)}" for name, v in variables.items()
+            # Keras counts in int32 or int64, as the backend likes.
+            name: f"{v.dtype if 'float' in v.dtype else 'int'} {list(v.shape)}"
+            for name, v in variables.items()
         },
     }
     return json.loads(json.dumps(run))

@@ -109,6 +109,36 @@ def load_arrays(checkpointer, path, variables):
     return checkpointer.restore(path.resolve(), args=args)
 
 
+def join_processes(address, count, index, heartbeat_seconds=100):
+    """Joins the processes that train together, before anything else.
+
+    As `keras.distribution.initialize`, but for the heartbeat: when a process
+    dies, the others end with an error after that time at the latest.
+
+    Args:
+        address: `"host:port"` of the first process.
+        count, index: int. How many there are, and which this one is.
+        heartbeat_seconds: int. Defaults to 100.
+
+    Raises:
+        ValueError: on torch and TensorFlow, whose processes Keras does not
+            join.
+    """
+    if not JAX:
+        raise ValueError(
+            "Several processes train together on jax alone. Use "
+            f"KERAS_BACKEND=jax. Received: {keras.backend.backend()}"
+        )
+    import jax
+
+    jax.distributed.initialize(
+        coordinator_address=address,
+        num_processes=count,
+        process_id=index,
+        heartbeat_timeout_seconds=heartbeat_seconds,
+    )
+
+
 def process_count():
     """How many processes train together."""
     if not JAX:
