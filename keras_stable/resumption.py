@@ -1,5 +1,6 @@
 """Checkpoints of training, and going on from them."""
 
+import math
 import os
 import signal
 import threading
@@ -215,8 +216,10 @@ class Checkpoints(keras.callbacks.Callback):
         self._act(stop)
 
     def on_train_batch_end(self, batch, logs=None):
+        # The last of several in one execution may not be there.
+        most = self.params.get("steps") or math.inf
         with self._lock:
-            self._batches = max(self._batches, batch + 1)
+            self._batches = max(self._batches, min(batch + 1, most))
 
     def on_epoch_end(self, epoch, logs=None):
         self.step = self._epoch_begun + self._batches

@@ -90,12 +90,17 @@ def train(path, steps, seed, distribution="none", every=3, dropout=0.1):
     return lm, begin
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(tmp_path):
-    whole, _ = train(tmp_path / "whole", 10, seed=0)
-    train(tmp_path / "parts", 7, seed=0)
+# Another program where some steps measure all layers and some do not.
+SLOW = [pytest.mark.slow] if BACKEND != "torch" else []
+
+
+@pytest.mark.parametrize("every", [1, pytest.param(3, marks=SLOW)])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(tmp_path, every):
+    whole, _ = train(tmp_path / "whole", 10, seed=0, every=every)
+    train(tmp_path / "parts", 7, seed=0, every=every)
     # What was made after the newest checkpoint is made again.
     shutil.rmtree(tmp_path / "parts/checkpoints/00000007")
-    parts, begin = train(tmp_path / "parts", 10, seed=5)
+    parts, begin = train(tmp_path / "parts", 10, seed=5, every=every)
     assert begin == 5
     for a, b in zip(values(whole), values(parts), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -138,8 +143,7 @@ def test_seeds_go_on(tmp_path):
     drawn = []
     take = at(6, lambda: drawn.append(draw()))
     fit(tiny(), ks.Checkpoints(tmp_path, every=4), take)
-    for step in (8,):
-        snapshots.remove(tmp_path, step)
+    snapshots.remove(tmp_path, 8)
     for _ in range(3):
         draw()
     model, again = tiny(), ks.Checkpoints(tmp_path, every=4)
@@ -152,15 +156,14 @@ def test_seeds_go_on(tmp_path):
 def test_several_epochs_and_fits(tmp_path):
     model, checkpoints = tiny(), ks.Checkpoints(tmp_path, every=5)
     fit(model, checkpoints, epochs=2)
-    assert complete(tmp_path) == [5, 10, 15 + 1]
+    assert complete(tmp_path) == [10, 15, 16]
     fit(model, checkpoints, epochs=1)
     assert complete(tmp_path) == [16, 20, 24]
     other = ks.Checkpoints(tmp_path)
     assert other.restore(tiny()) == 24 and other.epoch == 1
-    for a, b in zip(values(model), values(tiny())):
-        assert a.shape == b.shape
 
 
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras has none on torch")
 def test_several_steps_in_one_execution(tmp_path):
     model = tiny()
     model.compile("adam", "mse", steps_per_execution=3)
