@@ -79,6 +79,12 @@ from keras_stable.records import RunDirectory as RunDirectory
 from keras_stable.records import read_health as read_health
 from keras_stable.records import read_run as read_run
 
+# Going on where training stopped.
+from keras_stable.backend.saving import join_processes as join_processes
+from keras_stable.resumption import CheckpointError as CheckpointError
+from keras_stable.resumption import Checkpoints as Checkpoints
+from keras_stable.resumption import TrainingInterrupted as TrainingInterrupted
+
 # The monitor.
 from keras_stable.criteria import classify as classify
 from keras_stable.criteria import spike_rate_robust as spike_rate_robust

@@ -11,6 +11,7 @@ health.jsonl   what the monitor saw, one JSON object a line, each of a "kind":
     overhead   what the monitor measured of its own cost
 events/        black boxes: STEP-DETECTOR.npz, the steps before an event
 monitor.json   the state of the detectors, for resuming
+checkpoints/   states of the whole training, see `snapshots`
 model.keras    the trained model
 ```
 
@@ -36,7 +37,10 @@ from keras_stable.choices import check_choice
 from keras_stable.events import Event
 
 SCHEMA = 2
-PACKAGES = "keras keras-hub numpy grain jax torch tensorflow tensorflow-cpu"
+PACKAGES = (
+    "keras keras-hub numpy grain orbax-checkpoint jax torch tensorflow "
+    "tensorflow-cpu"
+)
 
 
 def _to_json(value):
@@ -73,6 +77,17 @@ def read_json(file):
     return _from_json(json.loads(Path(file).read_text()))
 
 
+def versions():
+    """Versions of Python and of those of `PACKAGES` that are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES.split():
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def environment():
     """Where a run takes place: what another needs to repeat it.
 
@@ -82,17 +97,11 @@ def environment():
         (of the working directory, None outside a repository; `"+changes"` if
         files differ from it), `"command"` and `"started"` (UTC).
     """
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES.split():
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "backend": keras.backend.backend(),
         "device": backend.device_name(),
-        "versions": versions,
+        "versions": versions(),
         "git_commit": _git_commit(),
         "command": " ".join(["python", *sys.argv]),
         "started": now.isoformat(timespec="seconds"),
@@ -119,12 +128,15 @@ class RunDirectory:
     Args:
         path: the directory. Made, with its parents, if it is not there.
         config: dictionary of JSON values: what was asked for.
+        begin: int. The step after which the run that it holds goes on; 0
+            deletes what the monitor recorded. Defaults to None: a new run.
 
     Attributes:
-        record: dictionary, the content of `run.json`.
+        record: dictionary, the content of `run.json`. Its `"resumed"` is a
+            list: where and when it went on, after which step.
 
     Raises:
-        FileExistsError: if it holds a run already.
+        FileExistsError: if it holds a run already, and `begin` is None.
         OSError: if it cannot be written.
 
     Example:
@@ -133,9 +145,17 @@ class RunDirectory:
     >>> run.update(status="finished", val_loss=1.9)           # doctest: +SKIP
     """
 
-    def __init__(self, path, config):
+    def __init__(self, path, config, begin=None):
         self.path = Path(path)
         file = self.path / "run.json"
+        if begin is not None:
+            if begin == 0:
+                cut(path, 0, 0)
+            self.record = read_run(path)
+            again = [{"step": begin, **environment()}]
+            again = self.record.get("resumed", []) + again
+            self.update(status="running", resumed=again)
+            return
         if file.exists():
             raise FileExistsError(
                 f"{self.path} already holds another run (its {file.name} is "
@@ -200,6 +220,11 @@ class HealthWriter:
         line = json.dumps(_to_json({"kind": kind, **entries}))
         self._file.write(line + "\n")
 
+    def position(self):
+        """How many bytes were written."""
+        self._file.flush()
+        return self._file.tell()
+
     def black_box(self, event, arrays):
         """Writes `events/STEP-DETECTOR.npz`."""
         folder = self.path / "events"
@@ -212,13 +237,34 @@ class HealthWriter:
         self._file.close()
 
 
+def cut(path, step, size):
+    """Deletes what was recorded after a step.
+
+    Args:
+        path: the run's directory.
+        step: int.
+        size: bytes of `health.jsonl` after that step, or None: it is left.
+    """
+    file = Path(path) / "health.jsonl"
+    if size is not None and file.exists() and file.stat().st_size > size:
+        _check_ours(file)
+        os.truncate(file, size)
+    for box in (Path(path) / "events").glob("*-*.npz"):
+        number = box.name.partition("-")[0]
+        if number.isdecimal() and int(number) > step:
+            box.unlink()
+
+
 def _check_ours(file):
     if not file.exists():
         return
     with open(file) as lines:
         first = lines.readline()
     try:
-        schema = json.loads(first).get("schema") if first.strip() else SCHEMA
+        record = json.loads(first) if first.strip() else {"kind": "step"}
+        # Without telemetry there is no layout, which would name the schema.
+        plain = SCHEMA if record.get("kind") == "step" else None
+        schema = record.get("schema", plain)
     except (ValueError, AttributeError):
         schema = None
     if schema != SCHEMA:
