@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 
 from keras_stable import backend
-from keras_stable.tensor_files import read_json
+from keras_stable.json_files import read_json
 
 # Formats of `export`, by backend, for rows and batches of any length.
 EXPORTS = {
@@ -55,17 +55,39 @@ def check(preset):
 
     Raises:
         FileNotFoundError: if there is no configuration.
-        ValueError: if a file is no JSON object, or weights are elsewhere.
+        ValueError: if a file is no JSON object, if weights are elsewhere, or
+            if there cannot be as many of them as a configuration asks for.
     """
     directory = Path(preset)
     if not directory.is_dir():
         return
-    read_json(directory / "config.json")
+    stored = sum(f.stat().st_size for f in directory.glob("model*.weights.*"))
+    _check_sizes(directory / "config.json", stored)
     for name in ("task.json", "preprocessor.json"):
         if (directory / name).exists():
-            read_json(directory / name)
+            _check_sizes(directory / name, stored)
     if (directory / _SHARDS).exists():
         _check_shards(directory / _SHARDS)
+
+
+def _check_sizes(path, stored):
+    """Keras allocates a model before it looks at the weights."""
+    waiting = [read_json(path)]
+    while waiting:
+        config = waiting.pop()
+        waiting += [v for v in config.values() if isinstance(v, dict)]
+        try:
+            inner = config.get("intermediate_dim") or config["hidden_dim"]
+            rows = config["vocabulary_size"] + config["num_layers"] * inner
+            least = config["hidden_dim"] * rows
+            too_large = least > 2 * stored  # Of 4 bits each.
+        except (KeyError, TypeError):
+            continue
+        if too_large:
+            raise ValueError(
+                f"{path} asks for a model of {least:.3g} weights at least, "
+                f"and the preset's weights are {stored} bytes."
+            )
 
 
 def _check_shards(path):
@@ -100,7 +122,9 @@ class Presets:
         try:
             check(preset)
             return super().from_preset(preset, *args, **kwargs)
-        except (OSError, KeyError, TypeError, AttributeError) as error:
+        except (ImportError, ValueError):
+            raise
+        except Exception as error:
             raise ValueError(
                 f"The preset {str(preset)!r} cannot be loaded; it is damaged "
                 f"or incomplete. {type(error).__name__}: {error}"

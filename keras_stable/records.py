@@ -32,10 +32,17 @@ import keras
 import numpy as np
 
 from keras_stable import backend
+from keras_stable import json_files
 from keras_stable.choices import check_choice
 from keras_stable.events import Event
 
 SCHEMA = 2
+_COLUMNS = ("tensor", "variable", "head")  # Of which there are statistics.
+# What records that we did not write lead to.
+_WRONG = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError),
+    *(TypeError, ValueError),
+)
 PACKAGES = "keras keras-hub numpy grain jax torch tensorflow tensorflow-cpu"
 
 
@@ -64,13 +71,15 @@ def _from_json(value):
 def write_json(file, value, indent=2):
     """Writes a file whole: a reader, or a full disk, never sees half of it."""
     part = Path(file).with_suffix(".part")
+    # Left by a crash, or a link to what is not ours.
+    part.unlink(missing_ok=True)
     part.write_text(json.dumps(_to_json(value), indent=indent) + "\n")
     os.replace(part, file)
 
 
 def read_json(file):
     """The content of a file that `write_json` wrote."""
-    return _from_json(json.loads(Path(file).read_text()))
+    return _from_json(json_files.read_json(file))
 
 
 def environment():
@@ -158,14 +167,19 @@ class RunDirectory:
 
 def _variant_of(file):
     try:
-        return repr(json.loads(file.read_text())["config"]["variant"])
-    except (ValueError, KeyError, TypeError):
+        return repr(json_files.read_json(file)["config"]["variant"])
+    except (OSError, ValueError, KeyError, TypeError):
         return "unknown"
 
 
 def read_run(path):
-    """The content of a directory's `run.json`."""
-    return json.loads((Path(path) / "run.json").read_text())
+    """The content of a directory's `run.json`.
+
+    Raises:
+        OSError: if it cannot be read.
+        ValueError: if it is no JSON object.
+    """
+    return json_files.read_json(Path(path) / "run.json")
 
 
 class HealthWriter:
@@ -189,8 +203,14 @@ class HealthWriter:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         file = self.path / "health.jsonl"
+        for name in (file, self.path / "events"):
+            if name.is_symlink():
+                raise FileExistsError(
+                    f"{name} is a link to {os.readlink(name)}, where nothing "
+                    "is written. Give another directory."
+                )
         _check_ours(file)
-        torn = file.exists() and file.read_bytes()[-1:] not in (b"", b"\n")
+        torn = file.exists() and _last_byte(file) not in (b"", b"\n")
         self._file = open(file, "a", buffering=1)
         if torn:
             # Cut off by a crash: the next line begins on its own.
@@ -212,16 +232,23 @@ class HealthWriter:
         self._file.close()
 
 
+def _last_byte(file):
+    with open(file, "rb") as content:
+        content.seek(max(0, file.stat().st_size - 1))
+        return content.read()
+
+
 def _check_ours(file):
     if not file.exists():
         return
-    with open(file) as lines:
+    with open(file, "rb") as lines:
         first = lines.readline()
     try:
-        schema = json.loads(first).get("schema") if first.strip() else SCHEMA
-    except (ValueError, AttributeError):
-        schema = None
-    if schema != SCHEMA:
+        first = json_files.parse(first or b'{"kind": "step"}', file)
+    except ValueError:
+        first = {}
+    # Without telemetry there is no layout.
+    if first.get("schema") != SCHEMA and first.get("kind") != "step":
         raise FileExistsError(
             f"{file} is not a record of schema {SCHEMA}, and is left alone. "
             "Give another directory."
@@ -265,9 +292,12 @@ class Health:
             kind: `"tensors"`, `"variables"`, or `"heads"`: values (steps, N).
             name: of the layer or variable.
             statistic: e.g. `"rms"`.
+
+        Raises:
+            ValueError: for a name that is not there.
         """
-        rows = list(self.layout[kind])
-        columns = self.layout[f"{kind.rstrip('s')}_statistics"]
+        rows = list(self.layout.get(kind, ()))
+        columns = list(self.layout.get(f"{kind.rstrip('s')}_statistics", ()))
         for value, allowed in ((name, rows), (statistic, columns)):
             check_choice(value, allowed, f"name in {kind}")
         i, j = rows.index(name), columns.index(statistic)
@@ -286,56 +316,73 @@ def read_health(path):
 
     Raises:
         OSError: if there is no `health.jsonl`.
-        ValueError: for a line that is no JSON.
+        ValueError: for a line that is no record.
     """
     layout, steps, tables = {}, {}, {}
     others = {"event": [], "verdict": [], "overhead": []}
-    lines = (Path(path) / "health.jsonl").read_text().splitlines(True)
-    for number, line in enumerate(lines, 1):
+    file = Path(path) / "health.jsonl"
+    for number, line in enumerate(file.read_bytes().splitlines(True), 1):
+        where = f"{file}, line {number},"
         try:
-            record = _from_json(json.loads(line))
-            kind = record.pop("kind")
-        except (ValueError, KeyError, AttributeError) as error:
+            record = json_files.parse(line, where)
+        except ValueError as error:
             # Cut off: at the end, or before a resumed run went on.
-            torn = not line.endswith("\n") or line.startswith("{")
+            torn = not line.endswith(b"\n") or line.startswith(b"{")
             if torn or not line.strip():
                 continue
             raise ValueError(
-                f"{path}/health.jsonl, line {number}, is no record: {line!r}"
+                f"{where} is no record: {line[:200]!r}"
             ) from error
-        if kind == "layout":
-            layout = record
-        elif kind == "step":
-            steps[record["step"]] = record
-        elif kind == "table":
-            tables[record["step"]] = _table(record, layout)
-        else:
-            others[kind].append(record)
+        try:
+            record = _from_json(record)
+            kind = record.pop("kind")
+            if kind == "layout":
+                layout = _layout(record)
+            elif kind == "step":
+                steps[int(record["step"])] = record
+            elif kind == "table":
+                tables[int(record["step"])] = _table(record, layout)
+            elif kind == "event":
+                others[kind].append(Event(**record))
+            else:
+                others[kind].append(record)
+        except _WRONG as error:
+            raise ValueError(
+                f"{where} is no record of schema {SCHEMA}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
     return Health(
         layout,
         [steps[step] for step in sorted(steps)],
         tables,
-        [Event(**record) for record in others["event"]],
+        others["event"],
         others["verdict"],
         others["overhead"],
         sorted((Path(path) / "events").glob("*.npz")),
     )
 
 
-def _table(record, layout):
-    def array(values, columns):
-        values = np.array(values, "float64")
-        return values.reshape(-1, columns)
+def _layout(record):
+    """The record, of whose entries all but the version are names."""
+    for key, names in record.items():
+        named = isinstance(names, (list, dict)) and {*map(type, names)} <= {str}
+        if key != "schema" and not named:
+            raise TypeError(f"{key!r} must hold names")
+    return record
 
+
+def _table(record, layout):
+    def array(values, rows, columns):
+        return np.array(values, "float64").reshape(rows, columns)
+
+    columns = {k: len(layout[f"{k}_statistics"]) for k in _COLUMNS}
+    heads = zip(record["heads"], layout["heads"].values(), strict=True)
     return {
         "tensors": array(
-            record["tensors"], len(layout["tensor_statistics"])
+            record["tensors"], len(layout["tensors"]), columns["tensor"]
         ),
         "variables": array(
-            record["variables"], len(layout["variable_statistics"])
+            record["variables"], len(layout["variables"]), columns["variable"]
         ),
-        "heads": [
-            np.array(values, "float64").reshape(-1, count)
-            for values, count in zip(record["heads"], layout["heads"].values())
-        ],
+        "heads": [array(values, columns["head"], n) for values, n in heads],
     }

@@ -24,9 +24,12 @@ PEERS = ("peer_", "profile_")
 FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
-        *{"weight_names", "tensor_files", "entropy", "byte_level"},
+        *{"weight_names", "json_files", "entropy", "byte_level"},
     },
-    {"variant", "presets", "losses", "embeddings", "positions"},
+    {
+        *{"variant", "presets", "losses", "embeddings", "positions"},
+        "tensor_files",
+    },
     {"variants", "schedules", "hub", "distribution", "config_keys"},
     {
         *{"logits", "records", "layerwise", "budget"},
