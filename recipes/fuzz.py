@@ -708,7 +708,8 @@ def main(arguments=None):
         found = fuzz(args.only, args.inputs, args.seed)
         print(json.dumps(found))
         return True
-    found = {}
+    environment, found = ks.environment(), {}
+    begin = time.perf_counter()
     for name, share in SHARES.items():
         count = -(-args.inputs * share // sum(SHARES.values()))
         command = [sys.executable, __file__, "--only", name]
@@ -730,17 +731,18 @@ def main(arguments=None):
         words = ", ".join(f"{k} {v}" for k, v in result["outcomes"].items())
         print(f"{name:24}{result['inputs']:7}  {words}", flush=True)
         for line in result["unexpected"]:
-            print(f"    unexpected, {line['count']} times: {line['what']}")
+            times = f"    unexpected, {line['count']} times"
+            print(f"{times}: {line['what']}", flush=True)
     total = sum(result["inputs"] for result in found.values())
     wrong = sum(len(result["unexpected"]) for result in found.values())
     print(f"{total} inputs, {wrong} kinds of unexpected ends")
     if args.out:
-        versions = {"hypothesis": hypothesis.__version__}
         content = {
             "schema": 1,
             "config": vars(args),
-            **ks.environment(),
-            "fuzzer": versions,
+            **environment,
+            "hypothesis": hypothesis.__version__,
+            "seconds": round(time.perf_counter() - begin, 1),
             "inputs": total,
             "readers": found,
         }
