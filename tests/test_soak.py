@@ -35,13 +35,15 @@ def test_slopes_of_noise_hold_zero(memory):
 def test_a_slope_is_found_among_outliers():
     rng = np.random.default_rng(2)
     times = np.arange(400.0)
-    for slope in (0.02, -0.02):
-        values = noise(rng, 0.9) + slope * times
+    held = []
+    for slope in [0.02, -0.02] * 100:
+        values = noise(rng, 0.5) + slope * times
         # A neighbour, a tenth of the time.
         values[rng.random(400) < 0.1] += 50
         found, low, high = soak.slope(times, values)
-        assert low < slope < high and np.sign(low) == np.sign(high)
-        assert low < found < high
+        assert np.sign(low) == np.sign(found) == np.sign(high) == np.sign(slope)
+        held.append(low <= slope <= high)
+    assert np.mean(held) > 0.9
 
 
 def test_a_constant_has_no_slope():
