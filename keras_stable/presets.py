@@ -21,6 +21,7 @@ EXPORTS = {
 # What `save_to_preset` writes with a dtype policy in it.
 _CONFIGS = ("config.json", "task.json")
 _SHARDS = "model.weights.json"
+_SIZES = "vocabulary_size", "num_layers", "hidden_dim"
 
 
 def store_plainly(directory):
@@ -76,17 +77,15 @@ def _check_sizes(path, stored):
     while waiting:
         config = waiting.pop()
         waiting += [v for v in config.values() if isinstance(v, dict)]
-        try:
-            inner = config.get("intermediate_dim") or config["hidden_dim"]
-            rows = config["vocabulary_size"] + config["num_layers"] * inner
-            least = config["hidden_dim"] * rows
-            too_large = least > 2 * stored  # Of 4 bits each.
-        except (KeyError, TypeError):
+        sizes = [config.get(name) for name in _SIZES]
+        if set(map(type, sizes)) != {int}:
             continue
-        if too_large:
+        vocabulary, layers, width = sizes
+        # Of 4 bits each, if they are quantized.
+        if width * (vocabulary + layers * width) > 2 * stored:
             raise ValueError(
-                f"{path} asks for a model of {least:.3g} weights at least, "
-                f"and the preset's weights are {stored} bytes."
+                f"{path} asks for a model larger than the preset's weights, "
+                f"which are {stored} bytes: {dict(zip(_SIZES, sizes))}"
             )
 
 
