@@ -224,9 +224,10 @@ class HealthWriter:
         """Writes `events/STEP-DETECTOR.npz`."""
         folder = self.path / "events"
         folder.mkdir(exist_ok=True)
-        name = f"{event.step:08d}-{event.detector}.npz"
-        np.savez_compressed(folder / name, **arrays)
-        return folder / name
+        file = folder / f"{event.step:08d}-{event.detector}.npz"
+        file.unlink(missing_ok=True)  # It may be a link.
+        np.savez_compressed(file, **arrays)
+        return file
 
     def close(self):
         self._file.close()

@@ -188,6 +188,13 @@ def test_records_are_not_written_through_links(tmp_path):
         with pytest.raises(FileExistsError, match="is a link to"):
             HealthWriter(run)
         (run / name).unlink()
+    (run / "events").mkdir()
+    (run / "events/00000001-spike.npz").symlink_to(theirs)
+    writer = HealthWriter(run)
+    event = ks.Event(1, 1, "spike", "loss", 1.0, "")
+    with np.load(writer.black_box(event, {"step": np.ones(1)})) as box:
+        assert box["step"] == 1
+    writer.close()
     (run / "run.part").symlink_to(theirs)
     ks.RunDirectory(run, {"seed": 1})
     assert theirs.read_text() == "precious"
