@@ -21,6 +21,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import faulthandler
 import io
 import json
 import os
@@ -637,6 +638,7 @@ def fuzz(name, count, seed):
     """Gives one reader so many inputs. Returns what came of them."""
     import keras_stable as ks
 
+    faulthandler.enable()
     root = Path(tempfile.mkdtemp()).resolve()
     # What a reader unpacks may be unpacked here.
     tempfile.tempdir = str(root)
@@ -692,6 +694,7 @@ def parse(arguments):
     add = parser.add_argument
     add("--inputs", type=int, default=107_000, help="in all (107000)")
     add("--seed", type=int, default=1, help="(1)")
+    add("--readers", nargs="+", help="others are kept as they are in --out")
     add("--only", help="one reader, in this process")
     add("--backend", default=os.environ.get("KERAS_BACKEND", "jax"))
     add("--out", help="result file")
@@ -709,9 +712,10 @@ def main(arguments=None):
         print(json.dumps(found))
         return True
     environment, found = ks.environment(), {}
-    begin = time.perf_counter()
-    for name, share in SHARES.items():
-        count = -(-args.inputs * share // sum(SHARES.values()))
+    if args.readers:
+        found = json.loads(Path(args.out).read_text())["readers"]
+    for name in args.readers or SHARES:
+        count = -(-args.inputs * SHARES[name] // sum(SHARES.values()))
         command = [sys.executable, __file__, "--only", name]
         command += ["--inputs", str(count), "--seed", str(args.seed)]
         done = subprocess.run(
@@ -725,9 +729,10 @@ def main(arguments=None):
             result = json.loads(done.stdout.splitlines()[-1])
         except (ValueError, IndexError):
             what = f"the process ended with {done.returncode}: {done.stderr}"
-            crash = {"count": 1, "what": what[-2000:]}
+            crash = {"count": 1, "what": what[:40] + what[-2000:]}
             result = {"inputs": 0, "outcomes": {}, "unexpected": [crash]}
-        found[name] = result
+            result["seconds"] = None
+        found[name] = {**result, "git_commit": environment["git_commit"]}
         words = ", ".join(f"{k} {v}" for k, v in result["outcomes"].items())
         print(f"{name:24}{result['inputs']:7}  {words}", flush=True)
         for line in result["unexpected"]:
@@ -742,9 +747,8 @@ def main(arguments=None):
             "config": vars(args),
             **environment,
             "hypothesis": hypothesis.__version__,
-            "seconds": round(time.perf_counter() - begin, 1),
             "inputs": total,
-            "readers": found,
+            "readers": {n: found[n] for n in SHARES if n in found},
         }
         Path(args.out).write_text(json.dumps(content, indent=1) + "\n")
     return not wrong

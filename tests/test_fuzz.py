@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import fresh
 import hypothesis
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 import keras_stable as ks
 from keras_stable.diagnosis import Diagnosis
+from keras_stable.families import FAMILIES
 from keras_stable.packing import Layout
 from keras_stable.packing import Sample
 from keras_stable.records import HealthWriter
@@ -217,6 +219,28 @@ def test_a_preset_allocates_no_more_than_it_has(file, size, tmp_path):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="larger than the preset.s weights"):
         ks.StableCausalLM.from_preset(str(tmp_path / "preset"))
+
+
+@pytest.mark.parametrize("rate", [[0.1], {"a": 1}, "0.1", True, 0.2])
+def test_a_dropout_that_is_none(rate):
+    with pytest.raises(ValueError, match="one dropout rate"):
+        FAMILIES["gpt2"].read({"embd_pdrop": rate})
+
+
+def test_a_sentencepiece_model_that_ended_the_process(root):
+    make, _, _ = fuzz.readers(ks)["SentencePiece model"]
+    make(root / "sound")
+    model = (root / "sound/m.model").read_bytes()
+    assert b"\xe2\x96\x81ban" in model
+    model = model.replace(b"\xe2\x96\x81ban", b"\0\x96\x81ban", 1)
+    (root / "m.model").write_bytes(model)
+    fresh.run(
+        "import sys, keras_stable as ks\n"
+        "try:\n    ks.load_tokenizer(sys.argv[1])\n"
+        "except ValueError as error:\n    assert 'null' in str(error)\n"
+        "else:\n    raise AssertionError('It was read.')",
+        root / "m.model",
+    )
 
 
 def test_datasets_of_strangers_run_no_code(root):
