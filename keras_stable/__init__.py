@@ -71,12 +71,12 @@ from keras_stable.data import unigram_entropy as unigram_entropy
 from keras_stable.mixture import MixedBatches as MixedBatches
 
 # Records of a run.
-from keras_stable.records import Health as Health
+from keras_stable.health import Health as Health
 from keras_stable.backend import keep_programs as keep_programs
 from keras_stable.backend import peak_memory as peak_memory
 from keras_stable.records import environment as environment
 from keras_stable.records import RunDirectory as RunDirectory
-from keras_stable.records import read_health as read_health
+from keras_stable.health import read_health as read_health
 from keras_stable.records import read_run as read_run
 
 # Going on where training stopped.

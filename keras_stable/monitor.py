@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import keras
-import numpy as np
 
 from keras_stable import backend
 from keras_stable import memory
@@ -23,12 +22,13 @@ from keras_stable.detectors import Verdict
 from keras_stable.diagnosis import Diagnosis
 from keras_stable.events import Event
 from keras_stable.events import TrainingHalted
+from keras_stable.health import HealthWriter
 from keras_stable.records import SCHEMA
-from keras_stable.records import HealthWriter
 from keras_stable.records import cut
 from keras_stable.reported import ReportedLosses
 from keras_stable.selftest import selftest
 from keras_stable.sinks import Selection
+from keras_stable.sinks import Summary
 from keras_stable.sinks import flatten
 from keras_stable.watch import watch as watch_model
 
@@ -181,7 +181,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._offset = self._offsets.pop(epoch, 0)
         self._epoch = epoch
         self._reported.begin(self.params.get("steps"), self._size)
-        self._sums = collections.defaultdict(list)
+        self._summary = Summary()
 
     def on_train_batch_begin(self, batch, logs=None):
         with self._ending_on_error():
@@ -209,7 +209,7 @@ class StabilityMonitor(keras.callbacks.Callback):
             self._begun = self.step  # The last execution may be a part.
             self._lag = self.step - internals.batches_seen(self.model.optimizer)
             if logs is not None:
-                logs.update(self._epoch_logs())
+                logs.update(self._summary.logs())
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 # A file of some 100 KB: not after each of many short epochs.
                 self._save()
@@ -299,12 +299,9 @@ class StabilityMonitor(keras.callbacks.Callback):
         if full:
             tables = {k: getattr(sample, k) for k in TABLES}
             self._write("table", step=step, **tables)
-        for name in ("gradient_norm", "max_logit"):
-            if math.isfinite(scalars.get(name, math.nan)):
-                self._sums[name].append(scalars[name])
         before = self.verdict
         events = self._diagnosis.update(step, sample)
-        self._sums["verdict"].append(float(self.verdict))
+        self._summary.add({**scalars, "verdict": float(self.verdict)})
         self.worst = max(self.worst, self.verdict)
         for event in events:
             self.events.append(event)
@@ -358,12 +355,6 @@ class StabilityMonitor(keras.callbacks.Callback):
             what = ": ".join(filter(None, (name, event.detail)))
             more = f" (and {others} like it)" if others else ""
             print(f"\nStabilityMonitor, step {event.step}: {what}{more}")
-
-    def _epoch_logs(self):
-        """What `History` gets: worst verdict, mean norm, largest logit."""
-        reduce = {"verdict": max, "max_logit": max, "gradient_norm": np.mean}
-        sums = self._sums.items()
-        return {name: float(reduce[name](values)) for name, values in sums}
 
     # Records.
 

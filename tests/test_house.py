@@ -24,15 +24,18 @@ PEERS = ("peer_", "profile_")
 FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
-        *{"weight_names", "tensor_files", "entropy", "byte_level"},
+        *{"weight_names", "json_files", "entropy", "byte_level"},
     },
-    {"variant", "presets", "losses", "embeddings", "positions"},
+    {
+        *{"variant", "presets", "losses", "embeddings", "positions"},
+        "tensor_files",
+    },
     {"variants", "schedules", "hub", "distribution", "config_keys"},
     {
         *{"logits", "records", "layerwise", "budget"},
         *{"layer_kinds", "corpora"},
     },
-    {"telemetry", "family", "tokenizers"},
+    {"telemetry", "family", "tokenizers", "health"},
     {
         *{"detectors", "updates", "taps", "optimizers", "data", "linear"},
         *{"families", "subwords", "token_cache"},
