@@ -289,3 +289,16 @@ HOSTILE = st.sampled_from(
 def test_dictionaries_of_no_variant(content):
     with pytest.raises((ValueError, TypeError)):
         ks.Variant.from_dict(content)
+
+
+def test_the_lab_book_has_the_results():
+    recipes = Path(fuzz.__file__).parent
+    results = json.loads((recipes / "results/fuzz.json").read_text())
+    readers, book = results["readers"], (recipes / "README.md").read_text()
+    assert readers.keys() == fuzz.SHARES.keys()
+    assert results["inputs"] == sum(r["inputs"] for r in readers.values())
+    assert results["inputs"] >= 100_000
+    assert not any(reader["unexpected"] for reader in readers.values())
+    for name, reader in readers.items():
+        read = reader["outcomes"]["read"]
+        assert f"| {name} | {reader['inputs']} | {read} |" in book, name

@@ -1,6 +1,7 @@
 """The soak's statistics: an interval that is as sure as it says."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -69,3 +70,18 @@ def test_a_process_is_looked_at(tmp_path):
     after = soak.look()
     assert during[1] == before[1] + 1 == after[1] + 1
     assert before[0] > 10 and before[2] >= 1
+
+
+def test_the_lab_book_has_the_results():
+    recipes = Path(soak.__file__).parent
+    results = json.loads((recipes / "results/soak-jax.json").read_text())
+    series = {k: np.array(v) for k, v in results["series"].items()}
+    slopes = soak.judge(series, results["config"]["warmup"])
+    assert series["seconds"][-1] >= 1800
+    assert all(slopes[name]["holds_zero"] for name in soak.JUDGED)
+    book = (recipes / "README.md").read_text()
+    for name in ("resident", "step"):
+        found = slopes[name]
+        low, high = found["low"], found["high"]
+        assert f"| {found['slope_per_hour']:+.1f} {found['unit']} |" in book
+        assert f"| [{low:+.1f}, {high:+.1f}] |" in book, name
