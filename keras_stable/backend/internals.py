@@ -13,6 +13,7 @@ from keras.src import ops as source_ops
 FUNCTIONS = [
     "add_product",
     "apart",
+    "attention",
     "carry",
     "check_observable",
     "constant",
@@ -21,6 +22,7 @@ FUNCTIONS = [
     "each_step",
     "export_options",
     "finish_read",
+    "flash_attention",
     "fused",
     "fuses_adamw",
     "gather",

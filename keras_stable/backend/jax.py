@@ -10,6 +10,8 @@ from jax.experimental import mesh_utils
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
+from keras_stable.backend.jax_mesh import platform
+from keras_stable.backend.splash import attention as splash_attention
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
@@ -130,7 +132,7 @@ def reduce_rows(x):
     y = jnp.where(finite, x.astype("float32"), 0.0)
     bad = 1.0 - finite.astype("float32")
     parts = (jnp.square(y), jnp.abs(y), y, bad)
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         reductions = (jnp.sum, jnp.max, jnp.sum, jnp.sum)
         return jnp.stack([f(p, axis=1) for f, p in zip(reductions, parts)])
 
@@ -152,7 +154,7 @@ def matmul_float32(a, b):
 
     Products of 16-bit numbers are exact in float32.
     """
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # It has no float16 products with float32 sums.
         a, b = a.astype("float32"), b.astype("float32")
     return jnp.matmul(a, b, preferred_element_type="float32")
@@ -194,6 +196,27 @@ def gelu(x):
     if x.dtype in ("bfloat16", "float16"):
         return _gelu_16_bits(x)
     return jax.nn.gelu(x, approximate=False)
+
+
+def attention(q_BTNH, k_BTKH, v_BTKH, scale, **how):
+    """Causal attention by a kernel of ours, on TPUs; None elsewhere.
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH, scale: as of `attend`.
+        **how: `cap`, `segment_ids` and `sliding_window`, or None.
+    """
+    if platform() == "tpu":
+        return splash_attention(q_BTNH, k_BTKH, v_BTKH, scale, **how)
+    return None
+
+
+def flash_attention():
+    """What `ops.dot_product_attention` is told: None, Keras chooses.
+
+    False on TPUs: the kernel that Keras 3.15 would take there multiplies no
+    logit by `scale`, and gives all sequences the mask of the first.
+    """
+    return False if platform() == "tpu" else None
 
 
 def constant(array):

@@ -6,6 +6,8 @@ from tensorflow.compiler.tf2xla.python import xla
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
+from keras_stable.backend.jax_only import attention as attention
+from keras_stable.backend.jax_only import flash_attention as flash_attention
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw

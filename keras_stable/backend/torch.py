@@ -9,6 +9,8 @@ from torch.utils._pytree import tree_map
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
+from keras_stable.backend.jax_only import attention as attention
+from keras_stable.backend.jax_only import flash_attention as flash_attention
 from keras_stable.backend.torch_programs import fused as fused
 from keras_stable.backend.torch_programs import queueing as queueing
 from keras_stable.backend.torch_programs import region as region
