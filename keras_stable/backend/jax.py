@@ -199,13 +199,16 @@ def gelu(x):
 
 
 def attention(q_BTNH, k_BTKH, v_BTKH, scale, **how):
-    """Causal attention by a kernel of ours, on TPUs; None elsewhere.
+    """Causal attention by a Splash kernel, on TPUs; None elsewhere.
+
+    None too where shapes are not known, as when Keras infers others.
 
     Args:
         q_BTNH, k_BTKH, v_BTKH, scale: as of `attend`.
         **how: `cap`, `segment_ids` and `sliding_window`, or None.
     """
-    if platform() == "tpu":
+    known = all(isinstance(size, int) for size in q_BTNH.shape)
+    if known and platform() == "tpu":
         return splash_attention(q_BTNH, k_BTKH, v_BTKH, scale, **how)
     return None
 
