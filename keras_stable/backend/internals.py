@@ -16,8 +16,10 @@ FUNCTIONS = [
     "attention",
     "carry",
     "check_observable",
+    "compile_step",
     "constant",
     "device_name",
+    "devices_of",
     "distribute",
     "each_step",
     "export_options",
@@ -39,12 +41,14 @@ FUNCTIONS = [
     "reduce_rows",
     "region",
     "scan",
+    "shapes_of",
     "square_sums",
     "start_read",
     "to_device",
     "undistribute",
     "update_adamw",
     "with_gradient",
+    "without_weights",
 ]
 
 # Every module through which models reach the fused attention.

@@ -11,6 +11,10 @@ from jax.experimental import mesh_utils
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_mesh import platform
+from keras_stable.backend.jax_planning import compile_step as compile_step
+from keras_stable.backend.jax_planning import devices_of as devices_of
+from keras_stable.backend.jax_planning import shapes_of as shapes_of
+from keras_stable.backend.jax_planning import without_weights as without_weights
 from keras_stable.backend.splash import attention as splash_attention
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused

@@ -7,3 +7,13 @@ def attention(*tensors, **how):
 
 def flash_attention():
     """None: Keras chooses."""
+
+
+def _refuse(*args):
+    raise ValueError(
+        "Plans are made with jax, which compiles for devices that are not "
+        "here. Use KERAS_BACKEND=jax."
+    )
+
+
+compile_step = devices_of = shapes_of = without_weights = _refuse
