@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_stable import backend
-from keras_stable import programs
+from keras_stable import hlo
 from keras_stable.choices import check_integer
 from keras_stable.distribution import set_distribution
 from keras_stable.watch import watch
@@ -129,7 +129,7 @@ def plan(
         "memory": _memory(step),
         "model_flops": model_flops(lm, batch_size, sequence_length)
         / len(devices),
-        **programs.summarize(step["text"]),
+        **hlo.summarize(step["text"]),
         "compile_seconds": seconds,
     }
     chip = CHIPS.get(topology.partition(":")[0])
@@ -221,7 +221,7 @@ def _send_seconds(one, devices, chip, places):
     return twice * one["bytes"] * (n - 1) / n / bandwidth
 
 
-def largest_batch(make, granularity, capacity, limit=2**20, report=print):
+def largest_batch(make, granularity, capacity, report, limit=2**20):
     """The largest batch that fits, by a search over compiled steps.
 
     Memory grows about linearly with the batch: each guess is where the line
@@ -231,8 +231,9 @@ def largest_batch(make, granularity, capacity, limit=2**20, report=print):
         make: function from a batch size to a plan; it may raise `MemoryError`.
         granularity: int. The batch is a multiple of it.
         capacity: bytes of one device.
+        report: function of each try's batch, bytes (infinite where the
+            compiler does not tell) and whether it fits.
         limit: int. The largest batch to try.
-        report: function that is given a line of text for each try.
 
     Returns:
         `(batch_size, plan)`; `(0, None)` if nothing fits.
@@ -250,10 +251,7 @@ def largest_batch(make, granularity, capacity, limit=2**20, report=print):
             needed = error.args[1] if len(error.args) > 1 else math.inf
         fits = found is not None and needed <= capacity
         points[guess] = needed
-        report(
-            f"batch {size}: {needed / 2**30:.2f} GiB, "
-            f"{'fits' if fits else 'does not fit'}"
-        )
+        report(size, needed, fits)
         if fits:
             low, best = guess, found
         else:

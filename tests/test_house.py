@@ -25,6 +25,7 @@ FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "tensor_files", "entropy", "byte_level"},
+        "hlo",
     },
     {"variant", "presets", "losses", "embeddings", "positions"},
     {"variants", "schedules", "hub", "distribution", "config_keys"},
@@ -40,7 +41,7 @@ FLOORS = [
     {"packing", "criteria", "attend", "mlp", "mixture"},
     {"attention"},
     {"block", "watch", "diagnosis", "sinks", "blackbox"},
-    {"backbone", "selftest"},
+    {"backbone", "selftest", "planning"},
     {"checkpoints", "generation", "preprocessing"},
     {"models", "monitor"},
     {"__init__"},
