@@ -57,6 +57,8 @@ def parse(arguments, ks):
         default=True,
         help="whether the step measures all layers (it does)",
     )
+    text = "a fourth of the compiler's time, for a program that is not the best"
+    add("--quick", action="store_true", help=text)
     add("--largest-batch", action="store_true", help="the largest that fits")
     text = "of a device, for the largest batch (the chip's)"
     add("--memory-gib", type=float, help=text)
@@ -86,6 +88,7 @@ def make(args, ks, keras):
             args.distribution,
             args.tensor_parallel,
             args.monitor,
+            -1.0 if args.quick else None,
         )
 
     return planned
@@ -159,9 +162,9 @@ def prepare(arguments):
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     kind, _, count = topology.partition(":")
-    if kind == "cpu" and "xla_force_host" not in os.environ.get("XLA_FLAGS", ""):
-        flag = f"--xla_force_host_platform_device_count={count}"
-        flags = os.environ.get("XLA_FLAGS", "")
+    flag, flags = "--xla_force_host", os.environ.get("XLA_FLAGS", "")
+    if kind == "cpu" and flag not in flags:
+        flag += f"_platform_device_count={count}"
         os.environ["XLA_FLAGS"] = f"{flags} {flag}".strip()
 
 

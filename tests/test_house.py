@@ -27,7 +27,7 @@ FLOORS = [
         *{"weight_names", "tensor_files", "entropy", "byte_level"},
         "hlo",
     },
-    {"variant", "presets", "losses", "embeddings", "positions"},
+    {"variant", "presets", "losses", "embeddings", "positions", "costs"},
     {"variants", "schedules", "hub", "distribution", "config_keys"},
     {
         *{"logits", "records", "layerwise", "budget"},

@@ -134,12 +134,14 @@ def _bytes(x):
     return size
 
 
-def compile_step(model, batch):
+def compile_step(model, batch, effort=None):
     """Compiles the step that `fit` would run, for the model's devices.
 
     Args:
         model: of `without_weights`; may be watched.
         batch: of `shapes_of`.
+        effort: float from -1 to 1, how hard the compiler tries, or None for
+            what it does in `fit`.
 
     Returns:
         Dictionary: `text`, the program; `state`, bytes on one device by what
@@ -177,7 +179,8 @@ def compile_step(model, batch):
         undo()
         model.train_function = None
     try:
-        compiled = lowered[-1].compile()
+        options = {"exec_time_optimization_effort": effort}
+        compiled = lowered[-1].compile(None if effort is None else options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -200,13 +203,22 @@ def compile_step(model, batch):
     }
 
 
+# Two ways in which the compilers of TPUs say it.
+_SHORTAGES = (
+    r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)",
+    r"\(([\d.]+)([KMGT]?)\) exceeds available \w+ \(([\d.]+)([KMGT]?)\)",
+)
+
+
 def _shortage(message):
     """The compiler's first sentence, bytes needed, and bytes there are."""
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message)
-    if found is None:
-        return (message.splitlines()[0][:300],)
-    needed, capacity = (
-        float(found[i]) * units[found[i + 1]] for i in (1, 3)
-    )
-    return found[0], int(needed), int(capacity)
+    first = message.splitlines()[0][:300]
+    for pattern in _SHORTAGES:
+        found = re.search(pattern, message)
+        if found:
+            needed, capacity = (
+                int(float(found[i]) * units[found[i + 1]]) for i in (1, 3)
+            )
+            return first, needed, capacity
+    return (first,)

@@ -3,7 +3,6 @@
 B batch, T time, N query heads, K key and value heads, H head dimension.
 """
 
-import functools
 import math
 
 import jax
