@@ -112,9 +112,7 @@ def called(instruction, name):
 
 def _passes(instruction, computations):
     """How often a loop runs; None where the text does not say."""
-    known = re.search(
-        r'known_trip_count[^\d]*"?(\d+)', instruction.attributes
-    )
+    known = re.search(r'known_trip_count[^\d]*"?(\d+)', instruction.attributes)
     if known:
         return int(known[1])
     # `lax.scan` counts from 0 while less than a constant.

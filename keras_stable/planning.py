@@ -213,11 +213,11 @@ def _send_seconds(one, devices, chip, places):
         # To one neighbour, in one direction.
         return one["bytes"] / (chip.link_bandwidth / 2)
     bandwidth = 0.0
-    for axis in zip(*group):
+    for axis, whole in zip(zip(*group), zip(*places)):
         length = len(set(axis))
         if length > 1:
             # A line that is not closed to a ring carries half.
-            ring = length % chip.ring == 0
+            ring = length == len(set(whole)) and length % chip.ring == 0
             bandwidth += chip.link_bandwidth * (1.0 if ring else 0.5)
     twice = 2 if one["kind"] == "all-reduce" else 1
     return twice * one["bytes"] * (n - 1) / n / bandwidth

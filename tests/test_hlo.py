@@ -45,9 +45,7 @@ def test_a_loop_of_unknown_length_is_told():
     import jax
 
     def function(x):
-        return jax.lax.while_loop(
-            lambda x: x.sum() < 100.0, lambda x: x @ x, x
-        )
+        return jax.lax.while_loop(lambda x: x.sum() < 100.0, lambda x: x @ x, x)
 
     found = compiled(function, (8, 8))
     assert found["unknown_loops"] == 1 and found["flops"] == 2 * 8**3
@@ -132,9 +130,7 @@ def test_groups_are_read_however_they_are_written(shape):
                 -1, np.prod([shape[a] for a in axes])
             )
             expected = list(groups[0])
-            listed = ",".join(
-                "{" + ",".join(map(str, g)) + "}" for g in groups
-            )
+            listed = ",".join("{" + ",".join(map(str, g)) + "}" for g in groups)
             text = f"replica_groups={{{listed}}}, x=1"
             assert costs.group(text) == expected
             dims = ",".join(map(str, shape))

@@ -59,7 +59,9 @@ def distribute(name, batch_size, tensor_parallel, devices):
         )
     if all(getattr(device, "platform", None) == "tpu" for device in devices):
         # Neighbours next to each other, where the links are.
-        return mesh_utils.create_device_mesh(shape, devices)
+        return mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
     return np.array(devices).reshape(shape)
 
 
