@@ -104,7 +104,8 @@ def set_distribution(name, batch_size, tensor_parallel=None, devices=None):
 
     Args:
         name: one of `DISTRIBUTIONS`. All but `"none"` need the jax backend;
-            TensorFlow has `"data"`, through `tf.distribute`.
+            TensorFlow has `"data"` through `tf.distribute`, torch in several
+            processes, as `torchrun` starts them.
         batch_size: int. The global batch.
         tensor_parallel: int, m. Defaults to the devices of one process for
             `"tensor"`, and to 2 for `"fsdp+tensor"`.

@@ -90,6 +90,8 @@ class SigmaReparamDense(keras.layers.Dense):
             initializer=lambda *args, **kwargs: _left_singular(self.kernel),
             dtype="float32",
             trainable=False,
+            # Replicas of `tf.distribute` compute the same.
+            aggregation="only_first_replica",
         )
         self.gamma = self.add_weight(
             name="gamma",

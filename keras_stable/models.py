@@ -163,6 +163,13 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             weighted_metrics=weighted_metrics,
             **kwargs,
         )
+        if backend.must_merge() and not isinstance(self.optimizer, AdamW):
+            raise ValueError(
+                "In several processes on torch, `keras_stable.AdamW` alone "
+                "sums their gradients, and not under mixed_float16. Received: "
+                f"{type(self.optimizer).__name__}. Use it with mixed_bfloat16 "
+                "or float32, or KERAS_BACKEND=jax."
+            )
         self._chunked = (
             isinstance(loss, losses.NextTokenLoss)
             and loss.reduction == "sum_over_batch_size"
@@ -227,6 +234,8 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
         """See `keras.Model.compute_loss`; adds the variant's penalties."""
         extra, weight = {}, self.backbone.variant.architecture.z_loss
         weight = weight if training else 0.0
+        # Of `tf.distribute`, whose losses Keras adds up.
+        replicas = backend.replicas()
         if self._without_logits:
             embedding = self.backbone.token_embedding
             if telemetry.recorder() is not None:
@@ -243,22 +252,25 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
                 training=training,
             )
             # What layers gave to `add_loss`.
-            loss = sum(self.losses, loss)
+            loss = sum(self.losses, loss) / replicas
+            accuracy = backend.global_mean(accuracy)
         else:
             loss = super().compute_loss(x, y, y_pred, sample_weight, training)
             if weight:
                 penalty = weight * losses.z_loss(y_pred, sample_weight)
-                loss = loss + penalty
+                loss = loss + penalty / replicas
             accuracy = None
         if weight:
             extra["z_loss"] = penalty
         if training and "entropy_penalty" in self.penalties:
             # The blocks' `add_loss`: in `loss` already.
             extra["entropy_penalty"] = sum(self.losses)
+        loss = backend.global_mean(loss)
         if extra:
+            extra = {k: backend.global_mean(v) for k, v in extra.items()}
             # Penalties are in the gradient alone: the loss that is reported,
             # watched and exponentiated stays the tokens' cross-entropy.
-            loss = loss - ops.stop_gradient(sum(extra.values()))
+            loss -= ops.stop_gradient(sum(extra.values())) / replicas
         for name, value in extra.items():
             self.penalties[name].update_state(value)
         if self.token_accuracy is not None:
@@ -267,7 +279,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             weighted = sample_weight is not None
             count = ops.sum(sample_weight) if weighted else ops.size(y)
             self.token_accuracy.update_state(accuracy, sample_weight=count)
-        self.batch_loss.update_state(loss)
+        self.batch_loss.update_state(*backend.merge([ops.stop_gradient(loss)]))
         return loss
 
     # KerasHub's tasks forget compile settings and optimizer slots when saved;

@@ -44,6 +44,7 @@ class AdamW(_KerasAdamW):
       Keras's own counts batches, so that it runs k times too fast. k batches
       of size b give the update of one batch of size k * b: the gradient is
       averaged, then clipped, and the decay is applied once.
+    - *Replicas of `tf.distribute`.* Their gradients are summed, then clipped.
     - *Embeddings on TensorFlow.* Their sparse gradients are added up first.
       Keras squares the parts of a repeated token one by one, in `v` and in
       the norm that is clipped.
@@ -143,7 +144,14 @@ class AdamW(_KerasAdamW):
                 g if g is None else ops.reshape(g, v.shape)
                 for g, v in zip(grads, variables)
             ]
-        super().apply(grads, trainable_variables)
+        super().apply(backend.merge(grads), trainable_variables)
+
+    def _all_reduce_sum_gradients(self, grads_and_vars):
+        """Nothing is left to sum: `apply` did it, before they are clipped.
+
+        Keras on TensorFlow would clip each replica's part by itself.
+        """
+        return grads_and_vars
 
     # Keras calls the next three on every backend.
 

@@ -327,7 +327,9 @@ class LastValue(keras.metrics.Metric):
 
     def __init__(self, name="last_value", dtype="float32"):
         super().__init__(name=name, dtype=dtype)
-        self.value = self.add_variable((), "zeros", name="value")
+        self.value = self.add_variable(
+            (), "zeros", aggregation="only_first_replica", name="value"
+        )
 
     def update_state(self, value, sample_weight=None):
         self.value.assign(ops.cast(value, self.dtype))

@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-# Four simulated devices, before jax starts.
+# Eight simulated devices, before jax starts.
 os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=4"
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=8"
 )
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 

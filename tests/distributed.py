@@ -3,6 +3,7 @@
 python tests/distributed.py '{"distribution": "fsdp", "processes": 2, ...}'
 """
 
+import contextlib
 import json
 import os
 import socket
@@ -10,23 +11,28 @@ import subprocess
 import sys
 
 
-def launch(processes, devices, **settings):
+def launch(processes, devices, backend="jax", **settings):
     """Runs so many processes with so many devices each; what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     settings |= {"processes": processes, "address": address}
+    settings |= {"logical_devices": devices}
     environment = {
         **os.environ,
-        "KERAS_BACKEND": "jax",
+        "KERAS_BACKEND": backend,
         "JAX_PLATFORMS": "cpu",
         "TF_CPP_MIN_LOG_LEVEL": "3",
+        # As `torchrun` sets them.
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": address.partition(":")[2],
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     running = [
         subprocess.Popen(
             [sys.executable, __file__, json.dumps({**settings, "process": i})],
-            env=environment,
+            env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -43,45 +49,61 @@ def launch(processes, devices, **settings):
     return [json.loads(out.strip().splitlines()[-1]) for out, _ in said]
 
 
-def main(settings):
+def train(settings):
+    """Ten steps and an evaluation: losses, telemetry, rows that were fed."""
     import keras
-
-    if settings["processes"] > 1:
-        # Before anything else touches a device.
-        keras.distribution.initialize(
-            settings["address"], settings["processes"], settings["process"]
-        )
     import numpy as np
 
     import keras_stable as ks
 
     keras.utils.set_random_seed(0)
     ks.set_distribution(
-        settings["distribution"], 8, settings.get("tensor_parallel")
+        settings["distribution"],
+        8,
+        settings.get("tensor_parallel"),
+        settings.get("devices"),
     )
     tokens = np.random.default_rng(0).integers(0, 32, 1200)
     data = ks.TokenBatches(tokens, 8, 8, vocabulary_size=32)
     lm = ks.StableCausalLM(
-        ks.StableBackbone(32, 2, 4, 16, variant=settings["variant"])
+        ks.StableBackbone(32, 2, 8, 64, variant=settings["variant"])
     )
-    lm.compile(ks.AdamW(1e-2))
-    losses = []
-    record = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: losses.append(
-            float(logs["batch_loss"])
+    lm.compile(ks.AdamW(1e-3))
+    tables, losses = [], []
+    # Not under `tf.distribute`, which refuses.
+    watched = keras.backend.backend() == "jax"
+    with ks.watch(lm) if watched else contextlib.nullcontext() as watch:
+        end = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: (
+                losses.append(float(logs["batch_loss"])),
+                watched
+                and tables.extend(s.tensors.tolist() for s in watch.read()),
+            )
         )
-    )
-    callbacks = [record]
-    if settings.get("monitor"):
-        callbacks.append(ks.StabilityMonitor(settings["monitor"], every=1))
-    lm.fit(data.repeat()[:10], callbacks=callbacks, verbose=0)
-    found = lm.evaluate(data[:2], return_dict=True, verbose=0)
-    rows = [data[i][0]["token_ids"].tolist() for i in range(3)]
-    print(
-        json.dumps(
-            {"losses": losses, "evaluated": found["loss"], "rows": rows}
+        lm.fit(data.repeat()[:10], callbacks=[end], verbose=0)
+    found = {"losses": losses, "tables": tables}
+    found["evaluated"] = lm.evaluate(data[:2], verbose=0)[0]
+    found["rows"] = [data[i][0]["token_ids"].tolist() for i in range(3)]
+    return lm, found
+
+
+def main(settings):
+    import keras
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        parts = [tf.config.LogicalDeviceConfiguration()]
+        tf.config.set_logical_device_configuration(
+            cpu, parts * settings["logical_devices"]
         )
-    )
+    if settings["processes"] > 1 and keras.backend.backend() == "jax":
+        # Before anything else touches a device.
+        keras.distribution.initialize(
+            settings["address"], settings["processes"], settings["process"]
+        )
+    print(json.dumps(train(settings)[1]))
 
 
 if __name__ == "__main__":

@@ -221,6 +221,7 @@ def test_settings_and_sweeps():
     [
         ("README.md", "speed-h100.json"),
         ("recipes/README.md", "speed-h100-vocabulary.json"),
+        ("recipes/README.md", "speed-h100-variants.json"),
         ("recipes/README.md", "speed-cpu.json"),
     ],
 )

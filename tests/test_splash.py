@@ -67,7 +67,7 @@ def test_kernel_is_the_formula(case):
     scale = 0.7 * shape[-1] ** -0.5
     state = RNG.bit_generator.state
     found = gradients(
-        lambda q, k, v: splash.attention(
+        lambda q, k, v: splash.splash(
             q, k, v, scale, cap=cap, interpret=True, **where
         ),
         given,
@@ -86,7 +86,7 @@ def test_kernel_rounds_like_its_inputs():
     given, ids = tensors(1, 256, 2, 2, 64, "bfloat16")
 
     def kernel(*qkv):
-        return splash.attention(*qkv, 0.125, 5.0, ids, interpret=True)
+        return splash.splash(*qkv, 0.125, 5.0, ids, interpret=True)
 
     state = RNG.bit_generator.state
     found = gradients(kernel, given)
@@ -103,7 +103,7 @@ def test_devices_share_sequences_and_heads(rows):
     given, ids = tensors(rows, 130, 4, 2, 16)
 
     def kernel(*qkv):
-        return splash.attention(*qkv, 0.25, 3.0, ids, 60, interpret=True)
+        return splash.splash(*qkv, 0.25, 3.0, ids, 60, interpret=True)
 
     state = RNG.bit_generator.state
     expected = gradients(kernel, given)
@@ -117,14 +117,14 @@ def test_devices_share_sequences_and_heads(rows):
 @pytest.fixture
 def on_tpu(monkeypatch):
     """Everything believes to be on a TPU, and kernels are interpreted."""
-    calls = []
+    calls, original = [], splash.splash
 
     def attention(*args, **kwargs):
         calls.append(kwargs)
-        return splash.attention(*args, interpret=True, **kwargs)
+        return original(*args, interpret=True, **kwargs)
 
-    monkeypatch.setattr(backend, "platform", lambda: "tpu")
-    monkeypatch.setattr(backend, "splash_attention", attention)
+    monkeypatch.setattr(splash, "platform", lambda: "tpu")
+    monkeypatch.setattr(splash, "splash", attention)
     return calls
 
 
@@ -139,7 +139,7 @@ def test_variants_on_a_tpu_have_the_same_outputs(name, on_tpu, monkeypatch):
     assert len(on_tpu) == (2 if fused or variant.softmax.entropy else 0)
     if fused:
         assert {call["cap"] for call in on_tpu} == {variant.softmax.cap}
-    monkeypatch.setattr(backend, "platform", lambda: "cpu")
+    monkeypatch.setattr(splash, "platform", lambda: "cpu")
     np.testing.assert_allclose(found, lm(x), atol=1e-5, rtol=1e-5)
 
 

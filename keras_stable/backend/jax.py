@@ -15,7 +15,8 @@ from keras_stable.backend.jax_planning import compile_step as compile_step
 from keras_stable.backend.jax_planning import devices_of as devices_of
 from keras_stable.backend.jax_planning import shapes_of as shapes_of
 from keras_stable.backend.jax_planning import without_weights as without_weights
-from keras_stable.backend.splash import attention as splash_attention
+from keras_stable.backend.splash import attention as attention
+from keras_stable.backend.splash import flash_attention as flash_attention
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
@@ -67,6 +68,30 @@ def distribute(name, batch_size, tensor_parallel, devices):
 
 def undistribute():
     """Ends what `distribute` began."""
+
+
+def replicas():
+    """How many parts of a loss Keras adds up."""
+    return 1
+
+
+def global_mean(x):
+    """The mean over all processes; its gradient is that of `x`."""
+    return x
+
+
+def merge(tensors):
+    """Gradients of the whole batch from those that copies of the model have.
+
+    Args:
+        tensors: list of tensors and None.
+    """
+    return tensors
+
+
+def must_merge():
+    """Whether gradients differ between processes until `merge`."""
+    return False
 
 
 def local_rows(batch_size):
@@ -202,30 +227,6 @@ def gelu(x):
     if x.dtype in ("bfloat16", "float16"):
         return _gelu_16_bits(x)
     return jax.nn.gelu(x, approximate=False)
-
-
-def attention(q_BTNH, k_BTKH, v_BTKH, scale, **how):
-    """Causal attention by a Splash kernel, on TPUs; None elsewhere.
-
-    None too where shapes are not known, as when Keras infers others.
-
-    Args:
-        q_BTNH, k_BTKH, v_BTKH, scale: as of `attend`.
-        **how: `cap`, `segment_ids` and `sliding_window`, or None.
-    """
-    known = all(isinstance(size, int) for size in q_BTNH.shape)
-    if known and platform() == "tpu":
-        return splash_attention(q_BTNH, k_BTKH, v_BTKH, scale, **how)
-    return None
-
-
-def flash_attention():
-    """What `ops.dot_product_attention` is told: None, Keras chooses.
-
-    False on TPUs: the kernel that Keras 3.15 would take there multiplies no
-    logit by `scale`, and gives all sequences the mask of the first.
-    """
-    return False if platform() == "tpu" else None
 
 
 def constant(array):

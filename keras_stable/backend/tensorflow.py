@@ -61,6 +61,36 @@ def undistribute():
         tf.distribute.experimental_set_strategy(None)
 
 
+def replicas():
+    """How many parts of a loss Keras adds up."""
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def global_mean(x):
+    """The mean over all processes; its gradient is that of `x`."""
+    # Replicas are of one process, and Keras averages their metrics.
+    return x
+
+
+def merge(tensors):
+    """Gradients of the whole batch from those that copies of the model have.
+
+    Args:
+        tensors: list of tensors and None.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or replicas() == 1:
+        return tensors
+    found = [x for x in tensors if x is not None]
+    merged = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, found))
+    return [x if x is None else next(merged) for x in tensors]
+
+
+def must_merge():
+    """Whether gradients differ between processes until `merge`."""
+    return False
+
+
 def local_rows(batch_size):
     """Which rows of a global batch this process feeds: int array."""
     return np.arange(batch_size)

@@ -2,7 +2,6 @@
 
 import os
 
-import numpy as np
 import torch
 from keras.src.backend.torch.core import get_device
 from torch.utils._pytree import tree_map
@@ -15,6 +14,14 @@ from keras_stable.backend.jax_only import devices_of as devices_of
 from keras_stable.backend.jax_only import flash_attention as flash_attention
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
+from keras_stable.backend.torch_processes import distribute as distribute
+from keras_stable.backend.torch_processes import global_mean as global_mean
+from keras_stable.backend.torch_processes import is_writer as is_writer
+from keras_stable.backend.torch_processes import local_rows as local_rows
+from keras_stable.backend.torch_processes import merge as merge
+from keras_stable.backend.torch_processes import must_merge as must_merge
+from keras_stable.backend.torch_processes import replicas as replicas
+from keras_stable.backend.torch_processes import undistribute as undistribute
 from keras_stable.backend.torch_programs import fused as fused
 from keras_stable.backend.torch_programs import queueing as queueing
 from keras_stable.backend.torch_programs import region as region
@@ -29,23 +36,6 @@ def device_name():
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()} x {torch.cuda.device_count()}"
     return "cpu x 1"
-
-
-def distribute(name, batch_size, tensor_parallel, devices):
-    raise ValueError(
-        "Keras accepts a distribution on torch and then ignores it: training "
-        f"would run on one device. Use KERAS_BACKEND=jax for {name!r}, or "
-        "tensorflow for 'data'."
-    )
-
-
-def undistribute():
-    """Ends what `distribute` began."""
-
-
-def local_rows(batch_size):
-    """Which rows of a global batch this process feeds: int array."""
-    return np.arange(batch_size)
 
 
 def apart(value, function, *tensors):
@@ -341,13 +331,11 @@ def check_observable(model):
             "be observed: compile the model without it, or monitor with "
             "`every=None`."
         )
-
-
-def is_writer():
-    """Whether this process writes files: one of several does."""
-    distributed = torch.distributed
-    ready = distributed.is_available() and distributed.is_initialized()
-    return not ready or distributed.get_rank() == 0
+    if must_merge():
+        raise ValueError(
+            "On torch, each process would measure its own part of the batch. "
+            "Monitor with `every=None`, or distribute on jax."
+        )
 
 
 def keep_programs(directory):
