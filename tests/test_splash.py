@@ -148,7 +148,7 @@ def test_what_changes_probabilities_takes_the_formula(on_tpu):
     clip = Softmax(clip=Clip(zeta=1.06, gamma=-0.03))
     attend(*given, scale=0.5, softmax=clip)
     attend(*given, scale=0.5, penalize=lambda z, mask: 0.0)
-    attend(*given, scale=0.5, dropout_rate=0.1, seed=np.array([1, 2]))
+    attend(*given, scale=0.5, dropout_rate=0.1, seed=np.array([1, 2], "uint32"))
     half = [x.astype("float16") for x in given]
     attend(*half, scale=0.5)
     assert not on_tpu
