@@ -5,7 +5,7 @@ fast could a step be?
 Compiles the step that `pretrain.py` would run, with the compiler of the
 devices that are named and without any of them, nor memory for the weights.
 
-    pip install libtpu
+    pip install 'keras-stable[tpu]'
     python recipes/plan.py --size 830m --topology v5e:2x4
     python recipes/plan.py --size 8b --topology v5p:8x8x8 \
         --distribution fsdp+tensor --tensor-parallel 4

@@ -77,9 +77,10 @@ def test_chunks_are_as_large_on_each_of_many_devices():
     whole = losses._chunks(64, 2048, 256_000)
     alone = losses._chunks(16, 2048, 256_000)
     assert alone[0] < whole[0]
-    ks.set_distribution("data", batch_size=64)
+    four = keras.distribution.list_devices()[:4]
+    ks.set_distribution("data", batch_size=64, devices=four)
     assert losses._chunks(64, 2048, 256_000) == alone
-    ks.set_distribution("tensor", batch_size=64, tensor_parallel=4)
+    ks.set_distribution("tensor", 64, tensor_parallel=4, devices=four)
     assert losses._chunks(64, 2048, 256_000) == whole
 
 

@@ -69,7 +69,7 @@ def plans():
 
 @pytest.mark.parametrize("name, parallel", DISTRIBUTIONS)
 def test_memory_is_that_of_the_real_model(name, parallel, plans):
-    ks.set_distribution(name, B, parallel)
+    ks.set_distribution(name, B, parallel, jax.devices()[:4])
     lm = build()
     lm.fit(*batch(), batch_size=B, verbose=0)
     memory = plans[name]["memory"]
@@ -91,7 +91,9 @@ def test_more_devices_hold_less_each(plans):
     assert weights["fsdp+tensor"] < weights["tensor"]
 
 
-@pytest.mark.parametrize("monitored", [True, False])
+@pytest.mark.parametrize(
+    "monitored", [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 def test_the_program_is_the_one_that_fit_compiles(monitored, monkeypatch):
     """Line by line, but for where the source was."""
     texts = []
@@ -105,7 +107,7 @@ def test_the_program_is_the_one_that_fit_compiles(monitored, monkeypatch):
     monkeypatch.setattr(backend, "compile_step", compile_step)
     ks.plan(build, B, T, "cpu:4", "fsdp+tensor", 2, monitor=monitored)
 
-    ks.set_distribution("fsdp+tensor", B, 2)
+    ks.set_distribution("fsdp+tensor", B, 2, jax.devices()[:4])
     lm = build()
     watched = ks.watch(lm) if monitored else None
     real = []
@@ -188,8 +190,8 @@ def test_windows_need_fewer_operations():
 
 def test_a_model_of_any_size_takes_no_memory():
     before = sum(x.nbytes for x in jax.live_arrays())
-    ids = np.broadcast_to(np.int32(0), (4, T))
-    ks.set_distribution("fsdp", 4)
+    ids = np.broadcast_to(np.int32(0), (8, T))
+    ks.set_distribution("fsdp", 8)
     shapes = backend.shapes_of(({"token_ids": ids}, ids))
 
     def large():
@@ -292,6 +294,7 @@ def test_recipe_says_what_is_amiss(capsys):
             recipe.main(flags.split())
 
 
+@pytest.mark.slow
 def test_recipe_finds_the_largest_batch(tmp_path):
     out = tmp_path / "plan.json"
     flags = "--size 1m --topology cpu:2 --vocabulary 32 --num-layers 1 "

@@ -107,7 +107,8 @@ def test_devices_share_sequences_and_heads(rows):
 
     state = RNG.bit_generator.state
     expected = gradients(kernel, given)
-    ks.set_distribution("fsdp+tensor", batch_size=4, tensor_parallel=2)
+    four = jax.devices()[:4]
+    ks.set_distribution("fsdp+tensor", 4, tensor_parallel=2, devices=four)
     RNG.bit_generator.state = state
     found = gradients(kernel, given)
     for a, b in zip(found, expected):

@@ -41,7 +41,7 @@ def devices_of(topology):
     except Exception as error:
         raise ValueError(
             f"No topology {topology!r}: a TPU's is written as v5e:2x4 or "
-            "v5p:8x8x8, and needs `pip install libtpu`; "
+            "v5p:8x8x8, and needs `pip install 'keras-stable[tpu]'`; "
             f"cpu:N is N devices of this machine. ({error})"
         ) from error
     return found
