@@ -70,6 +70,11 @@ from keras_stable.data import bigram_entropy as bigram_entropy
 from keras_stable.data import unigram_entropy as unigram_entropy
 from keras_stable.mixture import MixedBatches as MixedBatches
 
+# Devices that are not here.
+from keras_stable.planning import CHIPS as CHIPS
+from keras_stable.planning import largest_batch as largest_batch
+from keras_stable.planning import plan as plan
+
 # Records of a run.
 from keras_stable.health import Health as Health
 from keras_stable.backend import keep_programs as keep_programs

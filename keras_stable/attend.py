@@ -17,9 +17,9 @@ from keras_stable.randomness import dropout
 def soft_cap(x, cap):
     """`cap * tanh(x / cap)`: the identity near zero, never beyond +-cap.
 
-    Source: Gemma 2 (arXiv 2408.00118). Not the argument
-    `attn_logits_soft_cap` of `ops.dot_product_attention`, which raises
-    off TPU and documents another formula.
+    Source: Gemma 2 (arXiv 2408.00118). The kernels of TPUs compute the same.
+    Not the argument `attn_logits_soft_cap` of `ops.dot_product_attention`,
+    which raises off TPU and documents another formula.
     """
     return cap * ops.tanh(x / cap)
 
@@ -41,6 +41,48 @@ def visible(length, positions=None, segment_ids=None, sliding_window=None):
         same = segment_ids[:, :, None] == segment_ids[:, None, :]
         mask = ops.logical_and(mask, same)
     return mask
+
+
+def _fused(
+    q_BTNH, k_BSKH, v_BSKH, scale, cap, positions, segment_ids, sliding_window
+):
+    """`attend` by a kernel, or None where none can do it."""
+    which = (positions, segment_ids, sliding_window)
+
+    def where():
+        if all(part is None for part in which):
+            return {"mask": None, "is_causal": True}
+        mask = visible(ops.shape(k_BSKH)[1], *which)
+        return {"mask": mask[:, None], "is_causal": False}
+
+    if positions is None:
+        y_BTNH = backend.attention(
+            *(q_BTNH, k_BSKH, v_BSKH),
+            scale,
+            cap=cap,
+            segment_ids=segment_ids,
+            sliding_window=sliding_window,
+        )
+        if y_BTNH is not None:
+            if (recorder := telemetry.recorder()) is not None:
+                # As it is where the kernel is Keras's.
+                recorder.dot_product(
+                    q_BTNH, k_BSKH, scale=scale, cap=cap, **where()
+                )
+            return y_BTNH
+    if cap is not None:
+        return None
+    if k_BSKH.shape[2] == 1:
+        # Keras on TensorFlow repeats two heads and more, but not one.
+        k_BSKH, v_BSKH = (
+            ops.repeat(x, q_BTNH.shape[2], axis=2) for x in (k_BSKH, v_BSKH)
+        )
+    return ops.dot_product_attention(
+        *(q_BTNH, k_BSKH, v_BSKH),
+        scale=scale,
+        flash_attention=backend.flash_attention(),
+        **where(),
+    )
 
 
 def attend(
@@ -85,27 +127,16 @@ def attend(
     """
     scale = scale * softmax.temperature
     length = ops.shape(k_BSKH)[1]
-    plain = softmax.cap is None and softmax.clip is None
-    plain = plain and softmax.logits_dtype == "float32"
+    which = (positions, segment_ids, sliding_window)
     # JAX's path has no float16 products with float32 sums on CPU, and GPUs
     # that want float16 (T4) have no fused kernel in it.
-    plain = plain and keras.backend.standardize_dtype(q_BTNH.dtype) != "float16"
-    which = (positions, segment_ids, sliding_window)
-    if plain and seed is None and penalize is None:
-        # Nothing changes logits or probabilities: the fused path will do.
-        if all(part is None for part in which):
-            where = {"is_causal": True}
-        else:
-            where = {"mask": visible(length, *which)[:, None]}
-        if k_BSKH.shape[2] == 1:
-            # Keras on TensorFlow repeats two heads and more, but not one.
-            k_BSKH, v_BSKH = (
-                ops.repeat(x, q_BTNH.shape[2], axis=2)
-                for x in (k_BSKH, v_BSKH)
-            )
-        return ops.dot_product_attention(
-            q_BTNH, k_BSKH, v_BSKH, scale=scale, **where
-        )
+    fused = keras.backend.standardize_dtype(q_BTNH.dtype) != "float16"
+    fused = fused and softmax.logits_dtype == "float32" and penalize is None
+    if fused and softmax.clip is None and seed is None:
+        # Nothing but a cap changes logits or probabilities.
+        y_BTNH = _fused(q_BTNH, k_BSKH, v_BSKH, scale, softmax.cap, *which)
+        if y_BTNH is not None:
+            return y_BTNH
 
     B, T, N, H = ops.shape(q_BTNH)
     K = k_BSKH.shape[2]

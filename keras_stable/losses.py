@@ -127,9 +127,20 @@ def _rows(raw_RV, target_R, weight_R, output_cap, z_weight, gradient_dtype):
 _rows = backend.fused(_rows)
 
 
+def _shares():
+    """Over how many devices the rows of a batch are divided."""
+    distribution = keras.distribution.distribution()
+    if distribution is None:
+        return 1
+    mesh = distribution.device_mesh
+    return mesh.shape[mesh.axis_names.index(distribution.batch_dim_name)]
+
+
 def _chunks(batch, length, vocabulary):
     """`(C, L)`: how many chunks of how many time steps."""
-    tokens = (batch or _ROWS) * length
+    # Each chunk gathers the head and reduces its gradient, if they are cut:
+    # no more of them than one device needs for its own rows.
+    tokens = math.ceil((batch or _ROWS) / _shares()) * length
     count = math.ceil(max(tokens * vocabulary / CHUNK, tokens / TOKENS))
     steps = math.ceil(length / min(count, length))
     return math.ceil(length / steps), steps
@@ -153,7 +164,8 @@ def next_token_loss(
     ```
 
     The largest tensor is a chunk of about 2^29 logits, or of 4096 tokens if
-    those have fewer, whatever B, T and V are. In training the gradients of h
+    those have fewer, whatever B, T and V are; of each device, if they share
+    the batch. In training the gradients of h
     and W are computed beside the loss, as in the Liger kernels: no logit is
     computed twice. Those of the logits are rounded to the dtype of h, as in
     any layer; sums are float32.

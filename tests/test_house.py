@@ -25,10 +25,11 @@ FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "json_files", "entropy", "byte_level"},
+        "hlo",
     },
     {
         *{"variant", "presets", "losses", "embeddings", "positions"},
-        "tensor_files",
+        *{"tensor_files", "costs"},
     },
     {"variants", "schedules", "hub", "distribution", "config_keys"},
     {
@@ -43,7 +44,7 @@ FLOORS = [
     {"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
     {"attention", "training_state", "reported", "memory"},
     {"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
-    {"backbone", "selftest"},
+    {"backbone", "selftest", "planning"},
     {"checkpoints", "generation", "preprocessing"},
     {"models", "monitor"},
     {"__init__"},

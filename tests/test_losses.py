@@ -72,6 +72,18 @@ def test_loss_and_gradients_are_the_formula(shape, cap, chunk, monkeypatch):
         np.testing.assert_allclose(numpy(a), 3 * b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="devices share batches on jax")
+def test_chunks_are_as_large_on_each_of_many_devices():
+    whole = losses._chunks(64, 2048, 256_000)
+    alone = losses._chunks(16, 2048, 256_000)
+    assert alone[0] < whole[0]
+    four = keras.distribution.list_devices()[:4]
+    ks.set_distribution("data", batch_size=64, devices=four)
+    assert losses._chunks(64, 2048, 256_000) == alone
+    ks.set_distribution("tensor", 64, tensor_parallel=4, devices=four)
+    assert losses._chunks(64, 2048, 256_000) == whole
+
+
 def test_logits_of_any_size_are_stable():
     h, w = np.full((1, 2, 1), 1e4, "float32"), np.array([[1.0, -1, 0.5]], "f")
     total, _, accuracy = losses.next_token_loss(h, w, np.array([[0, 0]]))

@@ -13,14 +13,18 @@ from keras.src import ops as source_ops
 FUNCTIONS = [
     "add_product",
     "apart",
+    "attention",
     "carry",
     "check_observable",
+    "compile_step",
     "constant",
     "device_name",
+    "devices_of",
     "distribute",
     "each_step",
     "export_options",
     "finish_read",
+    "flash_attention",
     "fused",
     "fuses_adamw",
     "gather",
@@ -41,12 +45,14 @@ FUNCTIONS = [
     "region",
     "replicas",
     "scan",
+    "shapes_of",
     "square_sums",
     "start_read",
     "to_device",
     "undistribute",
     "update_adamw",
     "with_gradient",
+    "without_weights",
 ]
 
 # Every module through which models reach the fused attention.

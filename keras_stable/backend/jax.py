@@ -10,6 +10,13 @@ from jax.experimental import mesh_utils
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
+from keras_stable.backend.jax_mesh import platform
+from keras_stable.backend.jax_planning import compile_step as compile_step
+from keras_stable.backend.jax_planning import devices_of as devices_of
+from keras_stable.backend.jax_planning import shapes_of as shapes_of
+from keras_stable.backend.jax_planning import without_weights as without_weights
+from keras_stable.backend.splash import attention as attention
+from keras_stable.backend.splash import flash_attention as flash_attention
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
@@ -53,7 +60,9 @@ def distribute(name, batch_size, tensor_parallel, devices):
         )
     if all(getattr(device, "platform", None) == "tpu" for device in devices):
         # Neighbours next to each other, where the links are.
-        return mesh_utils.create_device_mesh(shape, devices)
+        return mesh_utils.create_device_mesh(
+            shape, devices, allow_split_physical_axes=True
+        )
     return np.array(devices).reshape(shape)
 
 
@@ -154,7 +163,7 @@ def reduce_rows(x):
     y = jnp.where(finite, x.astype("float32"), 0.0)
     bad = 1.0 - finite.astype("float32")
     parts = (jnp.square(y), jnp.abs(y), y, bad)
-    if jax.default_backend() != "gpu":
+    if platform() != "gpu":
         reductions = (jnp.sum, jnp.max, jnp.sum, jnp.sum)
         return jnp.stack([f(p, axis=1) for f, p in zip(reductions, parts)])
 
@@ -176,7 +185,7 @@ def matmul_float32(a, b):
 
     Products of 16-bit numbers are exact in float32.
     """
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         # It has no float16 products with float32 sums.
         a, b = a.astype("float32"), b.astype("float32")
     return jnp.matmul(a, b, preferred_element_type="float32")

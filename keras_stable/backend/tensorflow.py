@@ -6,6 +6,12 @@ from tensorflow.compiler.tf2xla.python import xla
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
+from keras_stable.backend.jax_only import attention as attention
+from keras_stable.backend.jax_only import compile_step as compile_step
+from keras_stable.backend.jax_only import devices_of as devices_of
+from keras_stable.backend.jax_only import flash_attention as flash_attention
+from keras_stable.backend.jax_only import shapes_of as shapes_of
+from keras_stable.backend.jax_only import without_weights as without_weights
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw

@@ -1,0 +1,19 @@
+"""What torch and TensorFlow answer where only jax has something."""
+
+
+def attention(*tensors, **how):
+    """None: there is no kernel but those that Keras chooses from."""
+
+
+def flash_attention():
+    """None: Keras chooses."""
+
+
+def _refuse(*args):
+    raise ValueError(
+        "Plans are made with jax, which compiles for devices that are not "
+        "here. Use KERAS_BACKEND=jax."
+    )
+
+
+compile_step = devices_of = shapes_of = without_weights = _refuse
