@@ -47,6 +47,7 @@ from keras_stable.optimizers import AdamW as AdamW
 from keras_stable.schedules import SCHEDULES as SCHEDULES
 from keras_stable.schedules import WarmupSchedule as WarmupSchedule
 from keras_stable.distribution import DISTRIBUTIONS as DISTRIBUTIONS
+from keras_stable.distribution import process_count as process_count
 from keras_stable.distribution import set_distribution as set_distribution
 
 # Data.

@@ -131,7 +131,10 @@ class RunDirectory:
         begin: int. The step after which the run that it holds goes on; 0
             deletes what the monitor recorded. Defaults to None: a new run.
 
+    Of several processes that train one model, one writes.
+
     Attributes:
+        writes: bool. Whether this process does.
         record: dictionary, the content of `run.json`. Its `"resumed"` is a
             list: where and when it went on, after which step.
 
@@ -147,14 +150,19 @@ class RunDirectory:
 
     def __init__(self, path, config, begin=None):
         self.path = Path(path)
+        self.writes = backend.is_writer()
         file = self.path / "run.json"
         if begin is not None:
-            if begin == 0:
+            if begin == 0 and self.writes:
                 cut(path, 0, 0)
             self.record = read_run(path)
             again = [{"step": begin, **environment()}]
             again = self.record.get("resumed", []) + again
             self.update(status="running", resumed=again)
+            return
+        self.record = {"schema": SCHEMA, "status": "running"}
+        if not self.writes:
+            self.update(config=config, **environment())
             return
         if file.exists():
             raise FileExistsError(
@@ -167,13 +175,13 @@ class RunDirectory:
                 f"{self.path} is a file. Give a directory for the run."
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        self.record = {"schema": SCHEMA, "status": "running"}
         self.update(config=config, **environment())
 
     def update(self, **entries):
         """Adds entries to `run.json`, or replaces them."""
         self.record.update(to_json(entries))
-        write_json(self.path / "run.json", self.record)
+        if self.writes:
+            write_json(self.path / "run.json", self.record)
 
 
 def _variant_of(file):

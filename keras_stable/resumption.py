@@ -296,7 +296,10 @@ class Checkpoints(keras.callbacks.Callback):
                 snapshots.remove(self.directory, step)
                 path.mkdir(parents=True)
                 write_json(path / snapshots.STATE, state, indent=None)
-            saving.save_arrays(self._orbax, path / snapshots.ARRAYS, variables)
+            if saving.JAX or backend.is_writer():
+                # On jax each process saves its shards; on torch all are equal.
+                arrays = path / snapshots.ARRAYS
+                saving.save_arrays(self._orbax, arrays, variables)
         except Exception as error:
             # Of Orbax, whatever the cause: the training is worth more.
             self._failed(step, error)

@@ -95,7 +95,11 @@ def prepare(args, before, ks, keras):
     optimizer = ks.AdamW(schedule, weight_decay=args.weight_decay)
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
-    ks.set_distribution(args.distribution, args.batch_size)
+    ks.set_distribution(
+        args.distribution, args.batch_size, args.tensor_parallel
+    )
+    if ks.process_count() > 1 and Path(args.out).name.endswith(now):
+        raise ValueError("Several processes need one --out, the same for all.")
 
     tokenizer, corpora = read(args, ks)
     shape = (args.batch_size, args.sequence_length)
@@ -166,7 +170,7 @@ def prepare(args, before, ks, keras):
             **{name: together(rows, name) for name in ENTROPIES},
         },
     )
-    if args.tokenizer.startswith("bpe:"):
+    if args.tokenizer.startswith("bpe:") and run.writes:
         # `--tokenizer` takes it: learned once, for many runs.
         tokenizer.to_file(run.path / "tokenizer.json")
     # All steps in one pass for `fit`, whatever the corpus's passes are.
@@ -196,6 +200,11 @@ def main(arguments=None):
     choose_backend(arguments)
     import keras
 
+    if "--multi-host" in arguments:
+        if keras.backend.backend() != "jax":
+            sys.exit("pretrain: --multi-host is for jax; on torch, torchrun.")
+        # Before anything else asks for a device.
+        keras.distribution.initialize()
     import keras_stable as ks
 
     args, before = parse(arguments, __doc__, ks)
@@ -207,16 +216,18 @@ def main(arguments=None):
     except (ValueError, OSError, ImportError, ks.CheckpointError) as error:
         sys.exit(f"pretrain: {error}")
     lm, batches, evaluations, run, (monitor, checkpoints) = found
-    print(
+    say = print if run.writes else lambda *text: None
+    say(
         f"{args.variant}, {lm.count_params():,} parameters, {args.precision}, "
         f"{keras.backend.backend()} on {run.record['device']}; "
         f"{run.record['tokens']:,} tokens in {args.steps} steps"
     )
     if before is not None:
-        print(f"Goes on after step {checkpoints.step}.")
+        say(f"Goes on after step {checkpoints.step}.")
     try:
         if len(batches):
-            lm.fit(batches, callbacks=[monitor, checkpoints], verbose=1)
+            callbacks = [monitor, checkpoints]
+            lm.fit(batches, callbacks=callbacks, verbose=int(run.writes))
     except ks.TrainingHalted as halted:
         print(f"\n{halted}")
     except ks.TrainingInterrupted as interrupted:
@@ -235,11 +246,15 @@ def main(arguments=None):
         found = lm.evaluate(evaluation, return_dict=True, verbose=0)
         row["validation_loss"] = found["loss"]
     loss = together(corpus["corpora"], "validation_loss")
-    prompt = args.prompt or ("def " if args.data[0] == "python" else "The ")
-    sample = lm.generate(
-        prompt, max_length=args.sequence_length, stop_token_ids=None
-    )
-    lm.save(run.path / "model.keras")
+    sample = "none: of several processes none has the whole model"
+    if ks.process_count() == 1:
+        prompt = "def " if args.data[0] == "python" else "The "
+        sample = lm.generate(
+            args.prompt or prompt,
+            max_length=args.sequence_length,
+            stop_token_ids=None,
+        )
+        lm.save(run.path / "model.keras")
     lost = monitor.verdict.lost or not math.isfinite(loss)
     run.update(
         corpus=corpus,
@@ -253,7 +268,8 @@ def main(arguments=None):
         perplexity=math.exp(min(loss, 700)),
         sample=sample,
     )
-    report(run, args, loss, sample)
+    if run.writes:
+        report(run, args, loss, sample)
 
 
 if __name__ == "__main__":

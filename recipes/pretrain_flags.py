@@ -13,8 +13,8 @@ BACKENDS = ("jax", "torch", "tensorflow")
 PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16", "mixed_float16")
 # What a resumed run may have otherwise than before.
 FREE = (
-    "resume out backend cache distribution policy prompt checkpoint_every "
-    "keep_last keep_every"
+    "resume out backend cache distribution tensor_parallel multi_host policy "
+    "prompt checkpoint_every keep_last keep_every"
 ).split()
 
 
@@ -176,6 +176,15 @@ def build(description, ks):
         default="none",
         help=f"{', '.join(ks.DISTRIBUTIONS)}: how the model and its batches "
         "are laid out over all devices (none)",
+    )
+    text = "devices that share a matrix, for tensor and fsdp+tensor"
+    add("--tensor-parallel", type=positive(int), help=text)
+    add(
+        "--multi-host",
+        action="store_true",
+        help="this is one of several processes of jax, on a TPU pod, SLURM or "
+        "Open MPI, or as KERAS_DISTRIBUTION_JOB_ADDRESSES, _NUM_PROCESSES and "
+        "_PROCESS_ID say",
     )
     text = f"{', '.join(BACKENDS)} (KERAS_BACKEND, or jax)"
     add("--backend", help=text)
