@@ -84,6 +84,7 @@ from keras_stable.records import environment as environment
 from keras_stable.records import RunDirectory as RunDirectory
 from keras_stable.health import read_health as read_health
 from keras_stable.records import read_run as read_run
+from keras_stable.records import versions as versions
 
 # Going on where training stopped.
 from keras_stable.backend.saving import join_processes as join_processes

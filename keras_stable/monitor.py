@@ -161,7 +161,7 @@ class StabilityMonitor(keras.callbacks.Callback):
             if monitor._places is not None:  # Left by an interrupted `fit`.
                 with contextlib.suppress(TrainingHalted, ValueError):
                     monitor._take(keep=0)
-                monitor._end()
+                monitor.close()
         self._release = internals.replace(model, AT_WORK, self)
         self._size = getattr(model, "steps_per_execution", 1)
         self._places, self._layout = collections.deque(), None
@@ -216,7 +216,7 @@ class StabilityMonitor(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._save()
-        self._end()
+        self.close()
 
     def _resume(self):
         """Finds where training begins: after `on_train_begin` of all others.
@@ -259,7 +259,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         try:
             yield
         except BaseException:
-            self._end()
+            self.close()
             raise
 
     def _take(self, keep):
@@ -374,7 +374,7 @@ class StabilityMonitor(keras.callbacks.Callback):
             self._diagnosis.save(file, self.step)
             self._saved = time.monotonic()
 
-    def _end(self):
+    def close(self):
         """Leaves the model as it was, and the files complete."""
         if self._places is not None:
             for sink in self.sinks:

@@ -78,7 +78,11 @@ def read_json(file):
 
 
 def versions():
-    """Versions of Python and of those of `PACKAGES` that are installed."""
+    """Versions of Python and of those of `PACKAGES` that are installed.
+
+    Returns:
+        Dictionary from names to versions.
+    """
     found = {"python": platform.python_version()}
     for package in PACKAGES.split():
         try:

@@ -255,6 +255,8 @@ class Checkpoints(keras.callbacks.Callback):
         if not stop:
             return
         self.close()
+        if self.monitor is not None:
+            self.monitor.close()
         self._tell(
             f"Interrupted after step {self.step}; the newest checkpoint is of "
             f"step {self.saved}, in {self.directory}."

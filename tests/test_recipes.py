@@ -4,6 +4,8 @@ import importlib.util
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -150,6 +152,115 @@ def test_without_a_cache(pretrain, text, tmp_path, cache):
     flags = [*TINY, "--data", text, "--steps", "2", "--out", out]
     pretrain.main([*flags, "--cache", "none"])
     assert not cache.exists()
+
+
+def at_step(monkeypatch, step, action):
+    """Does something in the monitor, before a step counted from 0."""
+    original = ks.StabilityMonitor.on_train_batch_begin
+
+    def begin(self, batch, logs=None):
+        if batch == step:
+            action()
+        original(self, batch, logs)
+
+    monkeypatch.setattr(ks.StabilityMonitor, "on_train_batch_begin", begin)
+
+
+def test_an_interrupted_run_goes_on(pretrain, text, tmp_path, monkeypatch):
+    # Elsewhere than on torch, programs that measure take long to compile.
+    every = "1" if keras.backend.backend() == "torch" else "none"
+    flags = [*TINY, "--data", text, "--steps", "9", "--every", every]
+    flags += ["--dropout", "0.1", "--checkpoint-every", "4"]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    pretrain.main([*flags, "--out", whole])
+    with monkeypatch.context() as patched:
+        # A kill is like it, but for the last checkpoint: `test_resumption`.
+        at_step(patched, 5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as stopped:
+            # `--resume` begins what is not there.
+            pretrain.main([*flags, "--out", parts, "--resume"])
+    assert stopped.value.code == 75
+    run = ks.read_run(parts)
+    assert run["status"] == "interrupted" and run["steps_done"] == 5
+    # All flags are the run's.
+    pretrain.main(["--resume", "--out", parts])
+    runs = [ks.read_run(path) for path in (whole, parts)]
+    assert [entry["step"] for entry in runs[1]["resumed"]] == [5]
+    for name in ("status", "verdict", "steps_done", "validation_loss"):
+        assert runs[0][name] == runs[1][name], name
+    assert runs[0]["last_batch_loss"] == runs[1]["last_batch_loss"]
+    first, second = (
+        (Path(path) / "health.jsonl").read_text() for path in (whole, parts)
+    )
+    assert first == second
+    first, second = (
+        keras.models.load_model(Path(path) / "model.keras").get_weights()
+        for path in (whole, parts)
+    )
+    assert all((a == b).all() for a, b in zip(first, second, strict=True))
+
+
+def test_what_cannot_go_on(pretrain, text, tmp_path, monkeypatch, capsys):
+    out = str(tmp_path / "run")
+    flags = [*TINY, "--data", text, "--steps", "6", "--checkpoint-every", "2"]
+    flags += ["--out", out, "--every", "none", "--resume"]
+
+    def kill():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        # As if killed, after training and before the end.
+        patched.setattr(ks.StableCausalLM, "evaluate", lambda *a, **k: kill())
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main(flags)
+    assert ks.read_run(out)["status"] == "running"
+    for change, message in {
+        "--learning-rate 1e-2": "--learning-rate is 0.003 there and 0.01 here",
+        "--seed 3 --size 10m": "--size is '1m' there and '10m' here; --seed",
+    }.items():
+        with pytest.raises(SystemExit) as refused:
+            pretrain.main([*flags, *change.split()])
+        assert message in str(refused.value)
+    with pytest.raises(SystemExit):
+        pretrain.main(["--resume"])
+    assert "--resume needs --out" in capsys.readouterr().err
+
+    before = Path(text).read_text()
+    Path(text).write_text(before.replace("question", "questiom"))
+    with pytest.raises(SystemExit, match="belongs to other batches"):
+        pretrain.main(["--resume", "--out", out])
+    Path(text).unlink()
+    with pytest.raises(SystemExit, match="No file at or matching"):
+        pretrain.main(["--resume", "--out", out])
+    Path(text).write_text(before)
+
+    # Trained to the end: what is left is done without another step.
+    pretrain.main(["--resume", "--out", out])
+    run = ks.read_run(out)
+    assert run["status"] == "finished" and run["steps_done"] == 6
+    assert math.isfinite(run["last_batch_loss"])
+    pretrain.main(["--resume", "--out", out])
+    assert "has finished" in capsys.readouterr().out
+
+    # Killed before its first checkpoint: begins again, records and all.
+    run.update(status="running")
+    (Path(out) / "run.json").write_text(json.dumps(run))
+    shutil.rmtree(Path(out) / "checkpoints")
+    pretrain.main(["--resume", "--out", out])
+    steps, _ = ks.read_health(out).series("loss")
+    assert steps.tolist() == list(range(1, 7))
+    assert "Goes on after step 0" in capsys.readouterr().out
+
+    # None good: no new beginning.
+    run.update(status="running")
+    (Path(out) / "run.json").write_text(json.dumps(run))
+    for state in Path(out).glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    with pytest.raises(SystemExit, match="No checkpoint in"):
+        pretrain.main(["--resume", "--out", out])
+    (Path(out) / "run.json").write_text("[]")
+    with pytest.raises(SystemExit, match="is no record of a run"):
+        pretrain.main(["--resume", "--out", out])
 
 
 BAD = {
