@@ -47,6 +47,7 @@ from keras_stable.optimizers import AdamW as AdamW
 from keras_stable.schedules import SCHEDULES as SCHEDULES
 from keras_stable.schedules import WarmupSchedule as WarmupSchedule
 from keras_stable.distribution import DISTRIBUTIONS as DISTRIBUTIONS
+from keras_stable.distribution import process_count as process_count
 from keras_stable.distribution import set_distribution as set_distribution
 
 # Data.
@@ -76,13 +77,19 @@ from keras_stable.planning import largest_batch as largest_batch
 from keras_stable.planning import plan as plan
 
 # Records of a run.
-from keras_stable.records import Health as Health
+from keras_stable.health import Health as Health
 from keras_stable.backend import keep_programs as keep_programs
 from keras_stable.backend import peak_memory as peak_memory
 from keras_stable.records import environment as environment
 from keras_stable.records import RunDirectory as RunDirectory
-from keras_stable.records import read_health as read_health
+from keras_stable.health import read_health as read_health
 from keras_stable.records import read_run as read_run
+
+# Going on where training stopped.
+from keras_stable.backend.saving import join_processes as join_processes
+from keras_stable.resumption import CheckpointError as CheckpointError
+from keras_stable.resumption import Checkpoints as Checkpoints
+from keras_stable.resumption import TrainingInterrupted as TrainingInterrupted
 
 # The monitor.
 from keras_stable.criteria import classify as classify

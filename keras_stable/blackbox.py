@@ -43,6 +43,13 @@ class BlackBox:
         self._last[event.detector] = event.step
         return True
 
+    def state(self):
+        """The last step with a box of each kind; the steps are not kept."""
+        return dict(self._last)
+
+    def restore(self, state):
+        self._last = dict(state)
+
     def arrays(self, layout):
         """All of it as arrays by name, ready for `np.savez`.
 

@@ -74,6 +74,15 @@ class Budget:
             return None
         return self._settle()
 
+    def state(self):
+        """What was measured, None if nothing was yet."""
+        return self.report
+
+    def restore(self, state):
+        """Goes on with the interval that was chosen."""
+        if state is not None and not self.fixed:
+            self.report, self.every = state, state["every"]
+
     def _settle(self):
         full, light = (statistics.median(self._times[k]) for k in (True, False))
         cost = max(full / light - 1, 0.0)

@@ -18,12 +18,12 @@ from safetensors.numpy import save_file
 from keras_stable import families
 from keras_stable.backbone import StableBackbone
 from keras_stable.choices import check_choice
+from keras_stable.json_files import read_json
 from keras_stable.subwords import BPETokenizer
 from keras_stable.tensor_files import CONFIG
 from keras_stable.tensor_files import INDEX
 from keras_stable.tensor_files import SINGLE
 from keras_stable.tensor_files import open_source
-from keras_stable.tensor_files import read_json
 from keras_stable.weight_names import HEAD
 from keras_stable.weight_names import match
 from keras_stable.weight_names import prefix

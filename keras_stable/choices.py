@@ -11,6 +11,7 @@ import difflib
 import math
 import numbers
 import re
+import sys
 from dataclasses import dataclass
 
 # What `norms.NORMS` can build; `None` means "no norm here".
@@ -67,7 +68,9 @@ def check_choice(value, allowed, what):
 
 def check_number(value, what, low=-math.inf):
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= low:
+    # Not `isfinite`: an integer may be larger than any float.
+    finite = number and abs(value) <= sys.float_info.max
+    if not finite or value <= low:
         bound = "" if low == -math.inf else f" greater than {low}"
         raise ValueError(
             f"{what} must be a finite number{bound}. Received: {value!r}"

@@ -102,7 +102,8 @@ def stream_corpus(source="python"):
               standard library, without its tests; 10-30 MB on any machine.
             - path of a file: one document.
             - path of a directory: every UTF-8 text file beneath it; hidden
-              files and files that are not text are left out.
+              files and files that are not text are left out. Links to files
+              are followed, those to directories are not.
             - glob pattern, `**` included: the matching files.
             - `"hf:NAME?key=value&key=value"`: a Hugging Face dataset, or a
               local directory of json, parquet, csv or text files (of which

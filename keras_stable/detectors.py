@@ -302,7 +302,7 @@ class Judge(Detector):
         for event in events:
             if event.detector != "nonfinite":
                 self.warn(event)
-        findings = [(Verdict.OK, step, ""), *self._findings(step)]
+        findings = [(Verdict.OK, step, ""), *self.findings(step)]
         verdict, onset, why = max(findings, key=lambda finding: finding[0])
         if verdict > max(self.verdict, Verdict.WARN):
             value = float(values.get("loss", math.nan))
@@ -374,7 +374,7 @@ class Judge(Detector):
             onset = min(onset, old[0])
         self.held[verdict.name] = [onset, step + 200, why]
 
-    def _findings(self, step):
+    def findings(self, step):
         """What is wrong now: verdict, first step of it, reason."""
         for name, (onset, until, why) in self.held.items():
             if step <= until:

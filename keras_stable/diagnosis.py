@@ -1,5 +1,6 @@
 """From what a step measured to what is wrong: every detector, in one place."""
 
+import copy
 import dataclasses
 import math
 import warnings
@@ -22,6 +23,13 @@ MOST_LOGIT = 100.0
 # Updates in a row that loss scaling may skip: its search takes 16 to come
 # down from 2**16 to 1.
 MOST_SKIPS = 20
+# The scalars that decide about a run.
+JUDGED = ("loss", "gradient_norm", "update_norm")
+# What a state that was not saved by us leads to.
+_WRONG = (
+    *(ArithmeticError, AttributeError, LookupError),
+    *(OSError, RecursionError, TypeError, ValueError),
+)
 
 
 class Diagnosis:
@@ -88,7 +96,7 @@ class Diagnosis:
         self.skips = self.skips + 1 if skipped else 0
         values = {
             name: scalars[name]
-            for name in ("loss", "gradient_norm", "update_norm")
+            for name in JUDGED
             if name in scalars
         }
         hopeless = self.skips >= MOST_SKIPS
@@ -149,7 +157,7 @@ class Diagnosis:
     def restore(self, state):
         """Goes on from a `state()`."""
         self.judge.restore(state["judge"])
-        self.skips, self.bad = state["skips"], state["bad"]
+        self.skips, self.bad = int(state["skips"]), bool(state["bad"])
         for name, detector in self.layers.items():
             detector.restore(state[name])
 
@@ -159,20 +167,35 @@ class Diagnosis:
         write_json(file, state, indent=None)
 
     def load(self, file, step):
-        """Goes on from what `save` wrote, unless after a later step."""
-        new = self.state()
+        """Goes on from what `save` wrote, unless after a later step.
+
+        A state that it cannot go on from is left out, with a warning.
+        """
+        trial = copy.deepcopy(self)
         try:
             saved = read_json(file)
-            if saved["step"] <= step:
-                self.restore(saved["diagnosis"])
-        except (KeyError, TypeError, ValueError):
-            # Some may have been restored before another was found to differ.
-            self.restore(new)
+            if saved["step"] > step:
+                return
+            trial.restore(saved["diagnosis"])
+            trial._rehearse(step)
+        except _WRONG as error:
             warnings.warn(
-                f"{file} is of another model or version: the detectors begin "
-                "anew.",
+                f"{file} is damaged, or of another model or version: the "
+                f"detectors begin anew. {type(error).__name__}: {error}",
                 stacklevel=2,
             )
+            return
+        self.restore(saved["diagnosis"])
+
+    def _rehearse(self, step):
+        """Goes on by some steps, to see that a state holds what it should."""
+        for _, onset, why in self.judge.findings(step):
+            Event(step, int(onset), "", "", math.nan, "" + why)
+        values = [3.0, math.nan, 1e4, *[2.0] * 40]
+        for step, value in enumerate(values, step + 1):
+            self.judge.update(step, dict.fromkeys(JUDGED, value))
+            for detector in self.layers.values():
+                detector.update(step, [value] * len(detector.names))
 
 
 def _placed(event, scalars):

@@ -157,6 +157,11 @@ def along_batch(x):
     return keras.distribution.distribute_tensor(x, layout)
 
 
+def process_count():
+    """How many processes train one model, see `set_distribution`."""
+    return backend.processes()
+
+
 def check_heads(num_heads):
     """Refuses heads that the tensor-parallel devices cannot share."""
     current = keras.distribution.distribution()

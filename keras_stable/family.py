@@ -152,7 +152,8 @@ class Family:
             return dropout
         rates = {key: config.get(key) or 0.0 for key in self.dropouts}
         one = rates[self.dropouts[0]]
-        shared = set(rates.values()) == {one} and (len(rates) > 1 or one == 0)
+        same = all(rate == one for rate in rates.values())
+        shared = same and (len(rates) > 1 or one == 0)
         if not shared or type(one) not in (int, float) or not 0 <= one < 1:
             raise ValueError(
                 "Ours is one dropout rate in [0, 1), of embeddings, attention "

@@ -4,14 +4,13 @@ import collections
 import contextlib
 import dataclasses
 import math
-import threading
 import time
 from pathlib import Path
 
 import keras
-import numpy as np
 
 from keras_stable import backend
+from keras_stable import memory
 from keras_stable.backend import internals
 from keras_stable.blackbox import BlackBox
 from keras_stable.blackbox import describe
@@ -23,11 +22,13 @@ from keras_stable.detectors import Verdict
 from keras_stable.diagnosis import Diagnosis
 from keras_stable.events import Event
 from keras_stable.events import TrainingHalted
-from keras_stable.packing import Sample
+from keras_stable.health import HealthWriter
 from keras_stable.records import SCHEMA
-from keras_stable.records import HealthWriter
+from keras_stable.records import cut
+from keras_stable.reported import ReportedLosses
 from keras_stable.selftest import selftest
 from keras_stable.sinks import Selection
+from keras_stable.sinks import Summary
 from keras_stable.sinks import flatten
 from keras_stable.watch import watch as watch_model
 
@@ -138,14 +139,15 @@ class StabilityMonitor(keras.callbacks.Callback):
         # Full tables until one step; no more for a warning until another.
         self._alert = self._calm = 0
         self._lag = 0  # Of the optimizer's count: what loss scaling skipped.
-        self._plain, self._lock = {}, threading.Lock()
+        self._reported = ReportedLosses()
         self._selection = Selection()
         self.step, self.last, self.events = 0, {}, []
-        self.worst = Verdict.OK
+        self.worst = self._kept = Verdict.OK
+        self._place, self._offsets, self._state = (0, -1), {}, None
 
     @property
     def verdict(self):
-        return self._diagnosis.verdict if self._diagnosis else Verdict.OK
+        return self._diagnosis.verdict if self._diagnosis else self._kept
 
     @property
     def overhead(self):
@@ -175,8 +177,11 @@ class StabilityMonitor(keras.callbacks.Callback):
         if self._begun is None:
             with self._ending_on_error():
                 self._resume()
-        self._epoch, self._last_mean = epoch, (0, 0.0)
-        self._sums = collections.defaultdict(list)
+        # A resumed `fit` goes on within an epoch.
+        self._offset = self._offsets.pop(epoch, 0)
+        self._epoch = epoch
+        self._reported.begin(self.params.get("steps"), self._size)
+        self._summary = Summary()
 
     def on_train_batch_begin(self, batch, logs=None):
         with self._ending_on_error():
@@ -188,7 +193,7 @@ class StabilityMonitor(keras.callbacks.Callback):
                 full = full or not (self._layout or self._places)
                 self._watch.full = full or self._begun < self._alert
                 self._watch.shown = {"verdict": float(self.verdict)}
-        self._places.append((self._epoch, batch))
+        self._places.append((self._epoch, self._offset + batch))
         self._begun += self._size
         report = self._budget.tick(host)
         if report is not None:
@@ -196,9 +201,7 @@ class StabilityMonitor(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if self.every is None:
-            # Perhaps in another thread, and not in the order of batches.
-            with self._lock:
-                self._plain[batch] = dict(logs)
+            self._reported.take(batch, logs)
 
     def on_epoch_end(self, epoch, logs=None):
         with self._ending_on_error():
@@ -206,7 +209,7 @@ class StabilityMonitor(keras.callbacks.Callback):
             self._begun = self.step  # The last execution may be a part.
             self._lag = self.step - internals.batches_seen(self.model.optimizer)
             if logs is not None:
-                logs.update(self._epoch_logs())
+                logs.update(self._summary.logs())
             if time.monotonic() - self._saved > SAVE_SECONDS:
                 # A file of some 100 KB: not after each of many short epochs.
                 self._save()
@@ -221,7 +224,10 @@ class StabilityMonitor(keras.callbacks.Callback):
         `BackupAndRestore` may have gone back: then, and after a halt, what
         the detectors remember is of no use.
         """
+        state, self._state = self._state, None
         begun = internals.batches_seen(self.model.optimizer) + self._lag
+        if state is not None:
+            begun = memory.recall(self, state)
         halted = self.policy == "halt" and self.verdict.lost
         if halted or begun < self.step:
             self._diagnosis = None
@@ -229,6 +235,21 @@ class StabilityMonitor(keras.callbacks.Callback):
         self.step = self._begun = self._resumed = begun
         if self.every is None:
             self._diagnose(None)
+
+    def get_state(self, step):
+        """All that it remembers after a step of `fit`, as JSON's values."""
+        with self._ending_on_error():
+            end = time.monotonic() + 60  # Logs may be on their way.
+            while self.step < step and time.monotonic() < end:
+                self._take(keep=0)
+        return memory.state_of(self)
+
+    def set_state(self, state):
+        """Lets the next `fit` go on from a state; later records are deleted."""
+        self._state = state
+        memory.announce(self, state)
+        if self.path is not None and backend.is_writer():
+            cut(self.path, state["step"], state["bytes"])
 
     # One step after the other.
 
@@ -245,7 +266,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         """Takes in steps that are done; returns seconds spent, not waited."""
         begin = time.perf_counter()
         if self._watch is None:
-            executions = self._losses()
+            executions = self._reported.executions()
             waited = 0.0
         else:
             executions = self._watch.executions(keep)
@@ -267,22 +288,20 @@ class StabilityMonitor(keras.callbacks.Callback):
 
     def _look(self, step, epoch, batch, sample):
         full = sample.tensors is not None
-        if full and self._watch.layouts[True] is not self._layout:
+        if full and self._watch.layouts[True] != self._layout:
             self._layout = self._watch.layouts[True]
             self._write("layout", schema=SCHEMA, **describe(self._layout))
             self._diagnose(self._layout)
         scalars = self.last = sample.scalars
+        self._place = epoch, batch
         self._box.append(step, epoch, batch, sample)
         self._write("step", step=step, epoch=epoch, batch=batch, **scalars)
         if full:
             tables = {k: getattr(sample, k) for k in TABLES}
             self._write("table", step=step, **tables)
-        for name in ("gradient_norm", "max_logit"):
-            if math.isfinite(scalars.get(name, math.nan)):
-                self._sums[name].append(scalars[name])
         before = self.verdict
         events = self._diagnosis.update(step, sample)
-        self._sums["verdict"].append(float(self.verdict))
+        self._summary.add({**scalars, "verdict": float(self.verdict)})
         self.worst = max(self.worst, self.verdict)
         for event in events:
             self.events.append(event)
@@ -319,30 +338,6 @@ class StabilityMonitor(keras.callbacks.Callback):
         if file and file.exists() and self._resumed:
             self._diagnosis.load(file, self._resumed)
 
-    def _losses(self):
-        """The same from what Keras reports: the loss alone.
-
-        Of several steps in one execution it is the last one's or their mean.
-        """
-        with self._lock:
-            plain, self._plain = self._plain, {}
-        executions = []
-        for batch in sorted(plain):
-            logs = plain[batch]
-            before, mean = self._last_mean
-            # The last of several in one execution may not be there.
-            count = min(batch + 1, self.params.get("steps") or math.inf)
-            loss = float(logs["loss"])
-            self._last_mean = (count, loss)
-            if "batch_loss" in logs:
-                loss = float(logs["batch_loss"])
-            elif math.isfinite(loss):
-                # `loss` is the mean since the epoch began.
-                loss = (count * loss - before * mean) / (count - before)
-            unknown = [None] * (count - before - 1)
-            executions.append([*unknown, Sample({"loss": loss})])
-        return executions
-
     def _report(self, event, others):
         """Tells of an event, which stands for `others` at the same step."""
         fatal = event.detector in FATAL
@@ -360,12 +355,6 @@ class StabilityMonitor(keras.callbacks.Callback):
             what = ": ".join(filter(None, (name, event.detail)))
             more = f" (and {others} like it)" if others else ""
             print(f"\nStabilityMonitor, step {event.step}: {what}{more}")
-
-    def _epoch_logs(self):
-        """What `History` gets: worst verdict, mean norm, largest logit."""
-        reduce = {"verdict": max, "max_logit": max, "gradient_norm": np.mean}
-        sums = self._sums.items()
-        return {name: float(reduce[name](values)) for name, values in sums}
 
     # Records.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import keras
 
 from keras_stable import backend
-from keras_stable.tensor_files import read_json
+from keras_stable.json_files import read_json
 
 # Formats of `export`, by backend, for rows and batches of any length.
 EXPORTS = {
@@ -21,6 +21,7 @@ EXPORTS = {
 # What `save_to_preset` writes with a dtype policy in it.
 _CONFIGS = ("config.json", "task.json")
 _SHARDS = "model.weights.json"
+_SIZES = "vocabulary_size", "num_layers", "hidden_dim"
 
 
 def store_plainly(directory):
@@ -55,17 +56,37 @@ def check(preset):
 
     Raises:
         FileNotFoundError: if there is no configuration.
-        ValueError: if a file is no JSON object, or weights are elsewhere.
+        ValueError: if a file is no JSON object, if weights are elsewhere, or
+            if there cannot be as many of them as a configuration asks for.
     """
     directory = Path(preset)
     if not directory.is_dir():
         return
-    read_json(directory / "config.json")
+    stored = sum(f.stat().st_size for f in directory.glob("model*.weights.*"))
+    _check_sizes(directory / "config.json", stored)
     for name in ("task.json", "preprocessor.json"):
         if (directory / name).exists():
-            read_json(directory / name)
+            _check_sizes(directory / name, stored)
     if (directory / _SHARDS).exists():
         _check_shards(directory / _SHARDS)
+
+
+def _check_sizes(path, stored):
+    """Keras allocates a model before it looks at the weights."""
+    waiting = [read_json(path)]
+    while waiting:
+        config = waiting.pop()
+        waiting += [v for v in config.values() if isinstance(v, dict)]
+        sizes = [config.get(name) for name in _SIZES]
+        if set(map(type, sizes)) != {int}:
+            continue
+        vocabulary, layers, width = sizes
+        # Of 4 bits each, if they are quantized.
+        if width * (vocabulary + layers * width) > 2 * stored:
+            raise ValueError(
+                f"{path} asks for a model larger than the preset's weights, "
+                f"which are {stored} bytes: {dict(zip(_SIZES, sizes))}"
+            )
 
 
 def _check_shards(path):
@@ -100,7 +121,9 @@ class Presets:
         try:
             check(preset)
             return super().from_preset(preset, *args, **kwargs)
-        except (OSError, KeyError, TypeError, AttributeError) as error:
+        except (ImportError, ValueError):
+            raise
+        except Exception as error:
             raise ValueError(
                 f"The preset {str(preset)!r} cannot be loaded; it is damaged "
                 f"or incomplete. {type(error).__name__}: {error}"

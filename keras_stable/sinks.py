@@ -104,6 +104,33 @@ def flatten(sample, layout):
     return scalars, layers
 
 
+class Summary:
+    """What an epoch adds to `History`: a few numbers, however many its steps.
+
+    Largest `verdict` and `max_logit`, mean of `gradient_norm`; of those that
+    are finite.
+    """
+
+    def __init__(self):
+        self._found = {}
+
+    def add(self, scalars):
+        """Takes in a step."""
+        for name in ("verdict", "max_logit", "gradient_norm"):
+            value = float(scalars.get(name, math.nan))
+            if math.isfinite(value):
+                count, total, most = self._found.get(name, (0, 0.0, value))
+                found = count + 1, total + value, max(most, value)
+                self._found[name] = found
+
+    def logs(self):
+        """Dictionary of floats, of what there was."""
+        return {
+            name: total / count if name == "gradient_norm" else most
+            for name, (count, total, most) in self._found.items()
+        }
+
+
 class Selection:
     """Keeps a dashboard readable: at most so many series, the worst layers'.
 

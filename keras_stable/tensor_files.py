@@ -4,7 +4,6 @@ Nothing that is read is executed, and what is wrong with it is found before
 the first tensor is loaded: a header names the dtypes and shapes of all.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -13,6 +12,8 @@ from pathlib import Path
 import ml_dtypes  # noqa: F401
 import numpy as np
 import safetensors
+
+from keras_stable.json_files import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -25,25 +26,6 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 # A file name without folders, and none that a file system refuses.
 _PLAIN = r"[A-Za-z0-9_.-]{1,255}"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-def read_json(path):
-    """The object in a JSON file.
-
-    Raises:
-        ValueError: if it holds anything else.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    # Lists within lists, ten thousand deep.
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(
-            f"{path} must hold a JSON object. Received: "
-            f"{type(content).__name__}"
-        )
-    return content
 
 
 class TensorFiles:

@@ -19,11 +19,13 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_stable.choices import check_integer
 from keras_stable.corpora import check_fraction
 from keras_stable.corpora import identify
 from keras_stable.corpora import split_stream
 from keras_stable.corpora import stream_corpus
 from keras_stable.hub import pin
+from keras_stable.json_files import read_json
 from keras_stable.tokenizers import encode
 from keras_stable.tokenizers import token_digest
 from keras_stable.tokenizers import token_dtype
@@ -133,7 +135,11 @@ def _open(path, expected, dtype):
             f"{path.name} has {path.stat().st_size} bytes, not "
             f"{expected['size']}"
         )
-    tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    try:
+        tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+    # Of a header as of any text that Python's parser is given.
+    except Exception as error:
+        raise ValueError(f"{path.name} is no array: {error}") from error
     if tokens.dtype != dtype or tokens.shape != (expected["count"],):
         raise ValueError(f"{path.name} has another shape or dtype")
     if token_digest(tokens, dtype) != expected["sha256"]:
@@ -149,7 +155,7 @@ def _reuse(manifest, wanted):
         ValueError: if it is not the wanted one, or damaged; says why.
     """
     try:
-        found = json.loads(manifest.read_text(encoding="utf-8"))
+        found = read_json(manifest)
         for name, value in wanted.items():
             if found[name] != value:
                 raise ValueError(f"its {name} is another one now")
@@ -160,12 +166,13 @@ def _reuse(manifest, wanted):
             file = os.path.basename(expected["file"])
             path = manifest.parent / file
             sides.append(_open(path, expected, wanted["dtype"]))
-        return TokenizedCorpus(*sides, int(found["documents"]), True)
+        count = check_integer(found["documents"], "`documents`", 0)
+        return TokenizedCorpus(*sides, count, True)
     except FileNotFoundError as error:
         if not manifest.exists():
             raise
         raise ValueError(f"{error.filename} is missing") from error
-    except (OSError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 

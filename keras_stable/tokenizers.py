@@ -293,6 +293,12 @@ class SentencePieceTokenizer(keras_hub.tokenizers.SentencePieceTokenizer):
         path = Path(dir_path, *self.file_assets)
         self.set_proto(path.read_bytes())
 
+    def _set_proto_tf(self, proto):
+        # TensorFlow's reader, asked first where it is installed, ends the
+        # process on some files that this one refuses.
+        sentencepiece.SentencePieceProcessor(model_proto=proto)
+        super()._set_proto_tf(proto)
+
     def set_proto(self, proto):
         # Those of the model before, which need not be in this one.
         self._special_token_attrs = []

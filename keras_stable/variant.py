@@ -122,7 +122,13 @@ class Variant:
 
     @classmethod
     def from_dict(cls, config):
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for a name that is no field, or a value that is not
+                allowed.
+            TypeError: for a value of another type, or without a name.
+        """
         return _decode(cls, config)
 
 
@@ -154,6 +160,10 @@ def _short(value):
 
 
 def _decode(cls, config):
+    if not isinstance(config, dict):
+        raise TypeError(
+            f"{cls.__name__} is made of a dictionary. Received: {config!r}"
+        )
     unknown = set(config) - set(_names(cls))
     if unknown:
         raise nearest(unknown.pop(), _names(cls), f"field of {cls.__name__}")

@@ -270,11 +270,11 @@ class Watch:
             )
         # Both at once: for a distribution Keras asks weights where they lie,
         # and on jax they have no values while an epoch goes on.
-        self._programs = {full: self._program(full) for full in (False, True)}
+        self._programs = {False: self._program(), True: self._program()}
         model.train_function = self._run
 
-    def _program(self, full):
-        """The train function of full or of light steps."""
+    def _program(self):
+        """A train function, of full or of light steps: as `full` says then."""
         model = self._model
         train_step = type(model).train_step.__get__(model)
         regions = {}
@@ -282,7 +282,9 @@ class Watch:
         # Each program needs a function of its own: jax takes two bound
         # methods for one, and would reuse what it traced of the first.
         def step(*args, **kwargs):
-            recorder = telemetry.Recorder(full, self.inputs, regions=regions)
+            recorder = telemetry.Recorder(
+                self.full, self.inputs, regions=regions
+            )
             self.layout = packing.Layout()
             with telemetry.recording(recorder):
                 return train_step(*args, **kwargs)

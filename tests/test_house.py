@@ -24,23 +24,26 @@ PEERS = ("peer_", "profile_")
 FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
-        *{"weight_names", "tensor_files", "entropy", "byte_level"},
+        *{"weight_names", "json_files", "entropy", "byte_level"},
         "hlo",
     },
-    {"variant", "presets", "losses", "embeddings", "positions", "costs"},
+    {
+        *{"variant", "presets", "losses", "embeddings", "positions"},
+        *{"tensor_files", "costs"},
+    },
     {"variants", "schedules", "hub", "distribution", "config_keys"},
     {
         *{"logits", "records", "layerwise", "budget"},
         *{"layer_kinds", "corpora"},
     },
-    {"telemetry", "family", "tokenizers"},
+    {"telemetry", "family", "tokenizers", "health"},
     {
         *{"detectors", "updates", "taps", "optimizers", "data", "linear"},
         *{"families", "subwords", "token_cache"},
     },
-    {"packing", "criteria", "attend", "mlp", "mixture"},
-    {"attention"},
-    {"block", "watch", "diagnosis", "sinks", "blackbox"},
+    {"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
+    {"attention", "training_state", "reported", "memory"},
+    {"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
     {"backbone", "selftest", "planning"},
     {"checkpoints", "generation", "preprocessing"},
     {"models", "monitor"},

@@ -14,6 +14,7 @@ import pytest
 import keras_stable as ks
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.append(str(RECIPES))  # What `python recipes/...` has by itself.
 
 
 @pytest.fixture(scope="module")

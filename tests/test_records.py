@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import keras_stable as ks
+from keras_stable.health import HealthWriter
 from keras_stable.records import SCHEMA
-from keras_stable.records import HealthWriter
 
 
 def test_run_json_grows_and_refuses_a_second_run(tmp_path):

@@ -40,6 +40,7 @@ FUNCTIONS = [
     "observe_updates",
     "peak_memory",
     "queueing",
+    "processes",
     "reachable",
     "reduce_rows",
     "region",

@@ -89,6 +89,11 @@ def merge(tensors):
     return tensors
 
 
+def processes():
+    """How many processes train one model."""
+    return jax.process_count()
+
+
 def must_merge():
     """Whether gradients differ between processes until `merge`."""
     return False

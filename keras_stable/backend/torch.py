@@ -20,6 +20,7 @@ from keras_stable.backend.torch_processes import is_writer as is_writer
 from keras_stable.backend.torch_processes import local_rows as local_rows
 from keras_stable.backend.torch_processes import merge as merge
 from keras_stable.backend.torch_processes import must_merge as must_merge
+from keras_stable.backend.torch_processes import processes as processes
 from keras_stable.backend.torch_processes import replicas as replicas
 from keras_stable.backend.torch_processes import undistribute as undistribute
 from keras_stable.backend.torch_programs import fused as fused

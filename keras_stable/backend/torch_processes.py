@@ -49,7 +49,7 @@ def undistribute():
 
 
 def processes():
-    """How many processes each have a copy of the model."""
+    """How many processes train one model."""
     joined = torch.distributed.is_initialized()
     return torch.distributed.get_world_size() if joined else 1
 

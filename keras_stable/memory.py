@@ -1,0 +1,55 @@
+"""What a `StabilityMonitor` remembers, as values that go into JSON."""
+
+import dataclasses
+
+from keras_stable.backend import internals
+from keras_stable.events import Verdict
+from keras_stable.packing import Layout
+
+
+def state_of(monitor):
+    """The state after the last step that was looked at.
+
+    Of the steps before it, which a black box would show, nothing is kept: a
+    box soon after a resumption begins there.
+    """
+    diagnosis, layout = monitor._diagnosis, monitor._layout
+    return {
+        "step": monitor.step,
+        "place": list(monitor._place),
+        "last": monitor.last,
+        "verdict": int(monitor.verdict),
+        "worst": int(monitor.worst),
+        "alert": [monitor._alert, monitor._calm],
+        "budget": monitor._budget.state(),
+        "boxes": monitor._box.state(),
+        "layout": layout and dataclasses.asdict(layout),
+        "diagnosis": diagnosis and diagnosis.state(),
+        "bytes": monitor._writer and monitor._writer.position(),
+    }
+
+
+def announce(monitor, state):
+    """Shows a state before `fit` goes on from it."""
+    monitor.step, monitor.last = state["step"], state["last"]
+    monitor.worst = Verdict(state["worst"])
+    monitor._diagnosis, monitor._kept = None, Verdict(state["verdict"])
+
+
+def recall(monitor, state):
+    """Lets a monitor in `fit` go on from a state; returns its step."""
+    announce(monitor, state)
+    step, monitor._kept = monitor.step, Verdict.OK
+    monitor._place = epoch, batch = state["place"]
+    monitor._offsets = {epoch: batch + 1}
+    monitor._alert, monitor._calm = state["alert"]
+    monitor._lag = step - internals.batches_seen(monitor.model.optimizer)
+    monitor._budget.restore(state["budget"])
+    if state["diagnosis"] is not None:
+        monitor._layout = state["layout"] and Layout(**state["layout"])
+        # Another state, in a file, is of another step.
+        monitor._resumed = 0
+        monitor._diagnose(monitor._layout)
+        monitor._diagnosis.restore(state["diagnosis"])
+    monitor._box.restore(state["boxes"])
+    return step
