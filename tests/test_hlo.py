@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_stable as ks
 from keras_stable import costs
 from keras_stable import hlo
 
@@ -203,3 +204,9 @@ def test_kernels_count_the_blocks_they_visit():
         assert costs.summarize(text)["flops"] == products * 10 * block
     text = kernel("splash_mha_fwd_residuals", 4, 2)
     assert costs.summarize(text)["flops"] == 2 * 7 * block
+
+
+@pytest.mark.skipif(JAX, reason="there are plans")
+def test_other_backends_refuse_plans():
+    with pytest.raises(ValueError, match="KERAS_BACKEND=jax"):
+        ks.plan(lambda: None, 8, 16, "cpu:4")
