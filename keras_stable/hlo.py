@@ -115,18 +115,37 @@ def _passes(instruction, computations):
     known = re.search(r'known_trip_count[^\d]*"?(\d+)', instruction.attributes)
     if known:
         return int(known[1])
-    # `lax.scan` counts from 0 while less than a constant.
+    # `lax.scan` counts from 0 while less than a constant; a loop that the
+    # compiler has unrolled counts in steps of two.
     condition = computations.get(called(instruction, "condition"), [])
-    by_name = {i.name: i for i in condition}
+    by_name = {one.name: one for one in condition}
     for one in condition:
         if one.opcode == "compare" and "direction=LT" in one.attributes:
-            for operand in one.operands:
-                bound = by_name.get(operand)
-                if bound is not None and bound.opcode == "constant":
-                    return int(bound.operands[0])
-    constants = [i for i in condition if i.opcode == "constant"]
-    whole = [i for i in constants if i.shape.startswith(("s32[]", "s64[]"))]
+            count, bound = (by_name.get(x) for x in one.operands)
+            if bound is not None and bound.opcode == "constant":
+                step = _step(instruction, count, computations)
+                return math.ceil(int(bound.operands[0]) / step)
+    constants = [one for one in condition if one.opcode == "constant"]
+    whole = [one for one in constants if one.shape.startswith("s32[]")]
     return int(whole[0].operands[0]) if len(whole) == 1 else None
+
+
+def _step(loop, count, computations):
+    """What is added to a loop's counter in each pass."""
+    index = count and re.search(r"index=(\d+)", count.attributes)
+    body = computations.get(called(loop, "body"), [])
+    by_name = {one.name: one for one in body}
+    root = next((one for one in body if one.is_root), None)
+    if not index or root is None or root.opcode != "tuple":
+        return 1
+    added = by_name.get(root.operands[int(index[1])])
+    if added is None or added.opcode != "add":
+        return 1
+    for operand in added.operands:
+        one = by_name.get(operand)
+        if one is not None and one.opcode == "constant":
+            return int(one.operands[0])
+    return 1
 
 
 def runs(computations, entry):

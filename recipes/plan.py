@@ -94,6 +94,16 @@ def make(args, ks, keras):
     return planned
 
 
+def together(found):
+    """Counts and bytes of collectives, by kind and number of devices."""
+    sums = {}
+    for one in found["collectives"]:
+        name = f"{one['kind']} of {one['group']}"
+        count, amount = sums.get(name, (0, 0.0))
+        sums[name] = (count + one["count"], amount + one["bytes"])
+    return sums
+
+
 def report(found):
     """The plan as text."""
     memory, gib = found["memory"], 2**30
@@ -110,9 +120,8 @@ def report(found):
     traffic = found["memory_traffic"] / 1e9
     lines.append(f"  {'memory':12} {traffic:9.3f} GB read and written")
     lines.append("\ncollectives of a step: count, GB gathered or reduced")
-    for one in found["collectives"]:
-        name = f"{one['kind']} of {one['group']}"
-        lines.append(f"  {name:28} {one['count']:6} {one['bytes'] / 1e9:9.3f}")
+    for name, (count, amount) in together(found).items():
+        lines.append(f"  {name:28} {count:6} {amount / 1e9:9.3f}")
     if found["unknown_loops"]:
         lines.append(f"  {found['unknown_loops']} loops count as one pass")
     if found["seconds"]:
@@ -133,7 +142,7 @@ def moved(found):
 
 def table(plans):
     """The Markdown table of several plans."""
-    heads = "topology|mesh|batch|GiB a device|ms a step|MFU|compute ms|"
+    heads = "topology|mesh|batch|GiB a chip|ms a step|MFU|compute ms|"
     heads += "memory ms|links ms|GB gathered or reduced"
     lines = [heads.split("|")]
     lines.append(["---"] * len(lines[0]))

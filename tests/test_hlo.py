@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 
+import keras_stable as ks
 from keras_stable import costs
 from keras_stable import hlo
 
@@ -49,6 +50,37 @@ def test_a_loop_of_unknown_length_is_told():
 
     found = compiled(function, (8, 8))
     assert found["unknown_loops"] == 1 and found["flops"] == 2 * 8**3
+
+
+@pytest.mark.parametrize("step, passes", [(1, 7), (2, 4), (7, 1)])
+def test_unrolled_loops_pass_less_often(step, passes):
+    state = "(s32[], f32[4,4]{1,0})"
+    text = f"""
+%body (p: {state}) -> {state} {{
+  %p = {state} parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %x = f32[4,4]{{1,0}} get-tuple-element(%p), index=1
+  %step = s32[] constant({step})
+  %next = s32[] add(%i, %step)
+  %y = f32[4,4]{{1,0}} dot(%x, %x), lhs_contracting_dims={{1}}
+  ROOT %t = {state} tuple(%next, %y)
+}}
+
+%condition (p: {state}) -> pred[] {{
+  %p = {state} parameter(0)
+  %i = s32[] get-tuple-element(%p), index=0
+  %n = s32[] constant(7)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}}
+
+ENTRY %main (a: {state}) -> {state} {{
+  %a = {state} parameter(0)
+  ROOT %w = {state} while(%a), condition=%condition, body=%body
+}}
+"""
+    found = costs.summarize(text)
+    assert found["flops"] == passes * 2 * 4**3
+    assert found["unknown_loops"] == 0
 
 
 @pytest.mark.parametrize("case", range(6))
@@ -172,3 +204,9 @@ def test_kernels_count_the_blocks_they_visit():
         assert costs.summarize(text)["flops"] == products * 10 * block
     text = kernel("splash_mha_fwd_residuals", 4, 2)
     assert costs.summarize(text)["flops"] == 2 * 7 * block
+
+
+@pytest.mark.skipif(JAX, reason="there are plans")
+def test_other_backends_refuse_plans():
+    with pytest.raises(ValueError, match="KERAS_BACKEND=jax"):
+        ks.plan(lambda: None, 8, 16, "cpu:4")

@@ -36,6 +36,9 @@ def devices_of(topology):
     # There is no machine to ask, and others here may be compiling too.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    # What it would look for, and complain of; not what is compiled for.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     try:
         found = topologies.get_topology_desc(topology, "tpu").devices
     except Exception as error:
