@@ -4,6 +4,8 @@ import math
 import statistics
 import time
 
+from keras_stable.backend import saving
+
 # Steps of one kind in a row, and of these the ones that are not timed:
 # dispatch runs ahead of the device by one, and copies lag by one.
 BLOCK, SKIP = 5, 2
@@ -87,7 +89,9 @@ class Budget:
         full, light = (statistics.median(self._times[k]) for k in (True, False))
         cost = max(full / light - 1, 0.0)
         host = statistics.median(self._host) / light
-        self.every = min(max(math.ceil(cost / self.max_overhead), LEAST), MOST)
+        every = min(max(math.ceil(cost / self.max_overhead), LEAST), MOST)
+        # Processes of one model must measure in the same steps.
+        self.every, _ = saving.agree_on(lambda: (every, {}))
         self.report = {
             "light_step_seconds": light,
             "full_step_seconds": full,

@@ -86,7 +86,7 @@ class Layouts(keras.distribution.ModelParallel):
 
 
 def set_distribution(name, batch_size, tensor_parallel=None, devices=None):
-    """Distributes all models built from here on.
+    """Distributes all models and optimizers built from here on.
 
     | `name`          | mesh (batch, model) | of each matrix a device holds   |
     |-----------------|---------------------|---------------------------------|

@@ -85,6 +85,13 @@ def prepare(args, before, ks, keras):
             )
     if before is not None:
         check_same(args, before)
+    keras.utils.set_random_seed(args.seed)
+    keras.config.set_dtype_policy(args.precision)
+    ks.set_distribution(
+        args.distribution, args.batch_size, args.tensor_parallel
+    )
+    if ks.process_count() > 1 and Path(args.out).name.endswith(now):
+        raise ValueError("Several processes need one --out, the same for all.")
     schedule = ks.WarmupSchedule(
         args.learning_rate,
         args.steps,
@@ -93,13 +100,6 @@ def prepare(args, before, ks, keras):
         **given(args, "cycles cycle_growth peak_decay rewarmup_steps"),
     )
     optimizer = ks.AdamW(schedule, weight_decay=args.weight_decay)
-    keras.utils.set_random_seed(args.seed)
-    keras.config.set_dtype_policy(args.precision)
-    ks.set_distribution(
-        args.distribution, args.batch_size, args.tensor_parallel
-    )
-    if ks.process_count() > 1 and Path(args.out).name.endswith(now):
-        raise ValueError("Several processes need one --out, the same for all.")
 
     tokenizer, corpora = read(args, ks)
     shape = (args.batch_size, args.sequence_length)

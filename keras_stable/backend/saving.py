@@ -70,13 +70,25 @@ def variables_of(model):
     return found
 
 
+def _all_finite(values):
+    return ops.stack([ops.all(ops.isfinite(value)) for value in values])
+
+
 def not_finite(variables):
     """Names of those with an entry that is not finite."""
     names = [n for n, v in variables.items() if "float" in v.dtype]
     if not names:
         return []
-    finite = [ops.all(ops.isfinite(variables[n].value)) for n in names]
-    finite = ops.convert_to_numpy(ops.stack(finite))
+    values = [variables[name].value for name in names]
+    if JAX:
+        import jax
+
+        # One program: several at a time, whose order differs from process to
+        # process, would wait for each other.
+        finite = jax.jit(_all_finite)(values)
+    else:
+        finite = _all_finite(values)
+    finite = ops.convert_to_numpy(finite)
     return [name for name, good in zip(names, finite) if not good]
 
 
