@@ -198,16 +198,30 @@ def not_finite(path, reference, rng):
     return outcome(path, reference, step, step // EVERY * EVERY)
 
 
+def pair(path):
+    """Starts two processes that train together; returns their ids."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    return [start(path, join=(address, 2, i, HEARTBEAT)) for i in range(2)]
+
+
+def outcome_of_pair(path, reference, made, saved):
+    """As `outcome`, for two processes."""
+    size = len(log(path))
+    codes = [finish(pid) for pid in pair(path)]
+    if codes != [0, 0]:
+        said = log(path)[size:]
+        return {"result": f"exit codes {codes}", "log": said[-3000:]}
+    found = json.loads((path / "result.json").read_text())
+    if found["begin"] < saved or found["weights"] != reference:
+        return {"result": "other weights", "begin": found["begin"]}
+    return {"result": "resumed", "lost": max(made - found["begin"], 0)}
+
+
 def one_of_two(path, reference, rng):
     """One of two processes is killed: the other ends, and both go on."""
-
-    def pair():
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        return [start(path, join=(address, 2, i, HEARTBEAT)) for i in range(2)]
-
-    pids = pair()
+    pids = pair(path)
     step = rng.randrange(1, STEPS - 5)
     until(lambda: last_step(path) >= step, pids[0])
     victim = rng.randrange(2)
@@ -215,22 +229,28 @@ def one_of_two(path, reference, rng):
     begin = time.monotonic()
     finish(pids[victim])
     code = finish(pids[1 - victim], BOUND)
-    seconds = time.monotonic() - begin
-    made, saved = last_step(path), max(completed(path), default=0)
+    seconds = round(time.monotonic() - begin, 1)
     if code in (0, None):
         return {"result": f"the other: {code}", "log": log(path)[-2000:]}
-    size = len(log(path))
-    codes = [finish(pid) for pid in pair()]
-    if codes != [0, 0]:
-        return {
-            "result": f"exit codes {codes}",
-            "log": log(path)[size:][-3000:],
-        }
-    found = json.loads((path / "result.json").read_text())
-    if found["begin"] < saved or found["weights"] != reference:
-        return {"result": "other weights", "begin": found["begin"]}
-    lost = max(made - found["begin"], 0)
-    return {"result": "resumed", "lost": lost, "seconds": round(seconds, 1)}
+    made, saved = last_step(path), max(completed(path), default=0)
+    row = outcome_of_pair(path, reference, made, saved)
+    return {**row, "seconds": seconds}
+
+
+def interrupt_two(path, reference, rng):
+    """One of two is sent a signal: both save the same step and exit with 75."""
+    pids = pair(path)
+    step = rng.randrange(1, STEPS // 2)
+    until(lambda: last_step(path) >= step, pids[0])
+    number = rng.choice([signal.SIGTERM, signal.SIGINT])
+    os.kill(pids[rng.randrange(2)], number)
+    codes = [finish(pid) for pid in pids]
+    if codes == [0, 0]:
+        return {"result": "finished before", "lost": 0}
+    if codes != [75, 75]:
+        return {"result": f"exit codes {codes}", "log": log(path)[-3000:]}
+    made = last_step(path)
+    return outcome_of_pair(path, reference, made, made)
 
 
 KINDS = {
@@ -251,7 +271,9 @@ KINDS = {
     "data_changed": (data_changed, True),
     "data_removed": (data_removed, True),
     "one_of_two": (one_of_two, False),
+    "interrupt_two": (interrupt_two, False),
 }
+PAIRS = ("one_of_two", "interrupt_two")  # Of two processes: on jax alone.
 
 
 def new_run(path):
@@ -273,13 +295,7 @@ def half_done(path, seed):
 def reference_of(path, joined):
     """Digest of the weights of a run without faults."""
     new_run(path)
-    if joined:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            address = f"localhost:{free.getsockname()[1]}"
-        pids = [start(path, join=(address, 2, i, HEARTBEAT)) for i in range(2)]
-    else:
-        pids = [start(path)]
+    pids = pair(path) if joined else [start(path)]
     codes = [finish(pid) for pid in pids]
     if any(codes):
         sys.exit(f"faults: training without a fault failed:\n{log(path)}")
@@ -323,7 +339,7 @@ def main(arguments=None):
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kinds = [k for k in KINDS if k != "one_of_two" or BACKEND == "jax"]
+    kinds = [k for k in KINDS if BACKEND == "jax" or k not in PAIRS]
     parser.add_argument("--kinds", nargs="+", default=kinds)
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -336,7 +352,7 @@ def main(arguments=None):
         root = Path(root)
         for kind in args.kinds:
             fault, begun = KINDS[kind]
-            joined = kind == "one_of_two"
+            joined = kind in PAIRS
             if joined not in references:
                 name = root / f"reference-{joined}"
                 references[joined] = reference_of(name, joined)

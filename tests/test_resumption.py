@@ -476,7 +476,7 @@ GROUPS = [
     pytest.param(
         "other_version data_changed data_removed", marks=pytest.mark.slow
     ),
-    pytest.param("one_of_two", marks=pytest.mark.slow),
+    pytest.param("one_of_two interrupt_two", marks=pytest.mark.slow),
 ]
 
 
