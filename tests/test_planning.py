@@ -303,6 +303,27 @@ def test_recipe_finds_the_largest_batch(tmp_path):
     assert [6, needed] in result["tries"]
 
 
+def test_the_lab_book_says_what_the_plans_say():
+    book = (RECIPES / "README.md").read_text()
+
+    def load(name):
+        return json.loads((RECIPES / "results" / name).read_text())
+
+    for name in ("830m", "8b-512"):
+        assert recipe.report(load(f"plan-{name}.json")["plan"]) in book
+    for kind in ("weak", "strong"):
+        names = [f"8b-128-{kind}", "8b-512", f"8b-4096-{kind}"]
+        names[1] += "-strong" if kind == "strong" else ""
+        plans = [load(f"plan-{name}.json")["plan"] for name in names]
+        assert recipe.table(plans) in book
+    for name in ("cpu", "one-chip"):
+        total = load(f"plan-830m-{name}.json")["plan"]["memory"]["total"]
+        assert f"{total / 1e9:.1f}" in book
+    rows = load("speed-h100.json")["rows"]
+    (ours,) = [r for r in rows if r["row"] == "ours/jax/baseline"]
+    assert f"{ours['peak_bytes'] / 1e9:.1f} GB on an H100" in book
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu"
