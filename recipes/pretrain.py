@@ -247,14 +247,15 @@ def main(arguments=None):
         row["validation_loss"] = found["loss"]
     loss = together(corpus["corpora"], "validation_loss")
     sample = "none: of several processes none has the whole model"
-    if ks.process_count() == 1:
+    if ks.process_count() == 1 or keras.backend.backend() != "jax":
         prompt = "def " if args.data[0] == "python" else "The "
         sample = lm.generate(
             args.prompt or prompt,
             max_length=args.sequence_length,
             stop_token_ids=None,
         )
-        lm.save(run.path / "model.keras")
+        if run.writes:
+            lm.save(run.path / "model.keras")
     lost = monitor.verdict.lost or not math.isfinite(loss)
     run.update(
         corpus=corpus,
