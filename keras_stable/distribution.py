@@ -157,6 +157,17 @@ def along_batch(x):
     return keras.distribution.distribute_tensor(x, layout)
 
 
+def check_heard():
+    """Refuses a distribution of Keras's that the backend would not hear of."""
+    current = keras.distribution.distribution()
+    if current is not None and keras.backend.backend() != "jax":
+        raise ValueError(
+            f"On {keras.backend.backend()} Keras ignores {current}: training "
+            "would run on one device. Use `keras_stable.set_distribution`, or "
+            "KERAS_BACKEND=jax."
+        )
+
+
 def process_count():
     """How many processes train one model, see `set_distribution`."""
     return backend.processes()

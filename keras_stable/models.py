@@ -21,6 +21,7 @@ from keras_stable.backbone import StableBackbone
 from keras_stable.backbone import complete
 from keras_stable.choices import check_choice
 from keras_stable.choices import nearest
+from keras_stable.distribution import check_heard
 from keras_stable.optimizers import AdamW
 from keras_stable.preprocessing import StableCausalLMPreprocessor
 from keras_stable.preprocessing import preprocessor_of
@@ -146,6 +147,7 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             **kwargs: of `keras_hub.models.CausalLM.compile`. Its default
                 `weighted_metrics`, the accuracy of tokens, needs no logits.
         """
+        check_heard()
         weighted_metrics = kwargs.pop("weighted_metrics", "auto")
         if optimizer == "auto":
             optimizer = AdamW(3e-4)

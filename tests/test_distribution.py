@@ -211,6 +211,14 @@ def test_torch_has_data_parallelism_alone(monkeypatch):
         ks.set_distribution("data", batch_size=3)
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="jax hears of it")
+def test_distributions_that_keras_ignores_are_refused():
+    parallel = keras.distribution.DataParallel(devices=["cpu:0"])
+    keras.distribution.set_distribution(parallel)
+    with pytest.raises(ValueError, match="Keras ignores.*set_distribution"):
+        ks.StableCausalLM(ks.StableBackbone(31, 1, 2, 16))
+
+
 def test_unknown_name():
     with pytest.raises(ValueError, match="Did you mean 'data'"):
         ks.set_distribution("dta", batch_size=8)
