@@ -189,9 +189,8 @@ class Checkpoints(keras.callbacks.Callback):
         self._begun = None
         self._signal = None
         if threading.current_thread() is threading.main_thread():
-            several = saving.process_count() > 1
-            # Of several processes, jax takes SIGTERM and tells the others.
-            for number in SIGNALS[:1] if several else SIGNALS:
+            # jax takes SIGTERM itself, and tells the other processes.
+            for number in SIGNALS[: 1 if saving.takes_sigterm() else 2]:
                 self._handlers[number] = signal.getsignal(number)
                 signal.signal(number, self._on_signal)
 
@@ -210,10 +209,8 @@ class Checkpoints(keras.callbacks.Callback):
             # Not before: to build a model may draw numbers.
             training_state.set_seeds(self._seeds)
             self._seeds = None
-        stop = self._signal is not None
-        if saving.process_count() > 1:
-            stop = saving.agreed_to_stop(self.step)
-        self._act(stop)
+        told = self._signal is not None
+        self._act(saving.agreed_to_stop(self.step, self._begun, told))
 
     def on_train_batch_end(self, batch, logs=None):
         # The last of several in one execution may not be there.
@@ -224,7 +221,8 @@ class Checkpoints(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.step = self._epoch_begun + self._batches
         self.epoch = epoch + 1
-        self._act(self._signal is not None and saving.process_count() == 1)
+        # Several processes agree between two steps.
+        self._act(self._signal is not None and backend.processes() == 1)
 
     def on_train_end(self, logs=None):
         if self._tried < self.step:
@@ -245,7 +243,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._signal = number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.write(2, b"\nSaving after this step. Ctrl-C ends at once.\n")
-        if saving.process_count() > 1:
+        if saving.takes_sigterm():
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _act(self, stop):

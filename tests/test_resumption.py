@@ -489,3 +489,15 @@ def test_faults(tmp_path, kinds):
     assert done.returncode == 0, done.stdout.decode() + done.stderr.decode()
     rows = json.loads((tmp_path / "faults.json").read_text())["rows"]
     assert len(rows) == 2 * len(kinds.split())
+
+
+def test_the_lab_book_has_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import faults
+
+    results = json.loads((RECIPES / "results/faults.json").read_text())
+    table = faults.table(results["rows"])
+    readme = (RECIPES / "README.md").read_text()
+    assert table in readme, f"recipes/README.md is stale; paste:\n{table}"
+    right = {"resumed", "refused", "finished before"}
+    assert {row["result"] for row in results["rows"]} <= right

@@ -6,6 +6,8 @@ TensorFlow go through numpy.
 """
 
 import contextlib
+import itertools
+import os
 import re
 
 import keras
@@ -13,9 +15,13 @@ import numpy as np
 from keras import ops
 from keras.src.random import seed_generator
 
+from keras_stable import backend
+
 JAX = keras.backend.backend() == "jax"
+TORCH = keras.backend.backend() == "torch"
 # Seconds that processes wait for each other to have written.
 PATIENCE = 300
+_told = itertools.count()  # The same in all processes.
 SEED = re.compile(r"\bseed_generator_\d+")
 
 
@@ -122,42 +128,61 @@ def load_arrays(checkpointer, path, variables):
 
 
 def join_processes(address, count, index, heartbeat_seconds=100):
-    """Joins the processes that train together, before anything else.
+    """Joins processes that train together, where no launcher does.
 
-    As `keras.distribution.initialize`, but for the heartbeat: when a process
-    dies, the others end with an error after that time at the latest.
+    To be called before anything else; then `set_distribution`. As
+    `keras.distribution.initialize`, but for the heartbeat, and for torch.
 
     Args:
         address: `"host:port"` of the first process.
         count, index: int. How many there are, and which this one is.
-        heartbeat_seconds: int. Defaults to 100.
+        heartbeat_seconds: int. On jax the others end with an error so long
+            after one has died, at the latest; on torch they end when they
+            next wait for it. Defaults to 100.
 
     Raises:
-        ValueError: on torch and TensorFlow, whose processes Keras does not
-            join.
+        ValueError: on TensorFlow, which does not join processes.
     """
-    if not JAX:
-        raise ValueError(
-            "Several processes train together on jax alone. Use "
-            f"KERAS_BACKEND=jax. Received: {keras.backend.backend()}"
+    if JAX:
+        import jax
+
+        jax.distributed.initialize(
+            coordinator_address=address,
+            num_processes=count,
+            process_id=index,
+            heartbeat_timeout_seconds=heartbeat_seconds,
         )
-    import jax
+    elif TORCH:
+        host, _, port = address.rpartition(":")
+        # As `torchrun` sets them.
+        os.environ |= {"MASTER_ADDR": host, "MASTER_PORT": port}
+        os.environ |= {"RANK": str(index), "WORLD_SIZE": str(count)}
+        os.environ.setdefault("LOCAL_RANK", str(index))
+    else:
+        raise ValueError(
+            "Several processes train together on jax and torch. Received: "
+            f"KERAS_BACKEND={keras.backend.backend()}"
+        )
 
-    jax.distributed.initialize(
-        coordinator_address=address,
-        num_processes=count,
-        process_id=index,
-        heartbeat_timeout_seconds=heartbeat_seconds,
-    )
+
+def _store():
+    """What processes of torch tell each other goes through it."""
+    import torch
+
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
-def process_count():
-    """How many processes train together."""
-    if not JAX:
-        return 1
-    import jax
+def _tell(number, failed):
+    """The first process's pair of integers, in all."""
+    if JAX:
+        from jax.experimental import multihost_utils
 
-    return jax.process_count()
+        told = np.array([number, failed])
+        return multihost_utils.broadcast_one_to_all(told).tolist()
+    key = f"keras_stable/told/{next(_told)}"
+    if backend.is_writer():
+        _store().set(key, f"{number} {int(failed)}")
+    return [int(text) for text in _store().get(key).split()]
 
 
 def agree_on(find):
@@ -166,33 +191,46 @@ def agree_on(find):
     Args:
         find: function that returns those; what it raises is raised in all.
     """
-    if process_count() == 1:
+    if backend.processes() == 1:
         return find()
-    import jax
-    from jax.experimental import multihost_utils
-
     number, details, error = -1, {}, None
-    if jax.process_index() == 0:
+    if backend.is_writer():
         try:
             number, details = find()
         except ValueError as found:
             error = found
-    told = np.array([number, error is not None])
-    number, failed = multihost_utils.broadcast_one_to_all(told).tolist()
+    number, failed = _tell(number, error is not None)
     if failed:
         raise error or ValueError("The first process says what is wrong.")
     return number, details
 
 
-def agreed_to_stop(step):
-    """Whether a process was sent SIGTERM, and this step is the one to stop at.
+def takes_sigterm():
+    """Whether the backend itself handles SIGTERM: jax in several processes."""
+    return JAX and backend.processes() > 1
 
-    jax's own protocol: all processes get the same answer at the same step,
-    without waiting for the devices.
+
+def agreed_to_stop(step, begin, stop):
+    """Whether all processes stop before this step, as one was told to.
+
+    None waits for the others or for a device. jax has a protocol for it; on
+    torch the first that is told names the step after the next: none is
+    further, for each step needs all.
+
+    Args:
+        step, begin: int. Steps made, now and when `fit` began.
+        stop: bool. Whether this process was sent a signal.
     """
-    from jax.experimental import multihost_utils
+    if backend.processes() == 1:
+        return stop
+    if JAX:
+        from jax.experimental import multihost_utils
 
-    return multihost_utils.reached_preemption_sync_point(step)
+        return multihost_utils.reached_preemption_sync_point(step)
+    key, store = f"keras_stable/stop/{begin}", _store()
+    if stop:
+        store.compare_set(key, "", str(step + 2))
+    return store.check([key]) and step >= int(store.get(key))
 
 
 def default_seed():
@@ -202,7 +240,7 @@ def default_seed():
 
 def native_seeds():
     """States of the backend's own generators, which torch's dropout uses."""
-    if keras.backend.backend() != "torch":
+    if not TORCH:
         return None
     import torch
 
@@ -212,7 +250,7 @@ def native_seeds():
 
 def set_native_seeds(states):
     """Sets what `native_seeds` returned, on as many devices as there are."""
-    if keras.backend.backend() != "torch" or states is None:
+    if not TORCH or states is None:
         return
     import torch
 
