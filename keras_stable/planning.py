@@ -70,8 +70,8 @@ def plan(
         distribution, tensor_parallel: as of `set_distribution`.
         monitor: bool. Whether the step measures its full table.
         effort: float from -1 to 1, how hard the compiler tries; None for what
-            it does in `fit`. At -1 it takes a quarter of the time, for a
-            program of the same products that may hold and move more.
+            it does in `fit`. At -1 it takes less time, for a program of
+            the same products that may hold and move more.
 
     Returns:
         Dictionary, of one device unless it says otherwise:
@@ -226,8 +226,9 @@ def _send_seconds(one, devices, chip, places):
 def largest_batch(make, granularity, capacity, report, limit=2**20):
     """The largest batch that fits, by a search over compiled steps.
 
-    Memory grows about linearly with the batch: each guess is where the line
-    through the two nearest tries meets the capacity.
+    Each guess is where the line through the two largest tries meets the
+    capacity, or twice the last that fitted. What does not fit is taken for a
+    bound, though memory may fall where the loss takes one more chunk.
 
     Args:
         make: function from a batch size to a plan; it may raise `MemoryError`.

@@ -57,7 +57,7 @@ def parse(arguments, ks):
         default=True,
         help="whether the step measures all layers (it does)",
     )
-    text = "a fourth of the compiler's time, for a program that is not the best"
+    text = "the compiler tries less hard: faster, for a lesser program"
     add("--quick", action="store_true", help=text)
     add("--largest-batch", action="store_true", help="the largest that fits")
     text = "of a device, for the largest batch (the chip's)"
