@@ -231,7 +231,8 @@ def one_of_two(path, reference, rng):
     finish(pids[victim])
     code = finish(pids[1 - victim], BOUND)
     seconds = round(time.monotonic() - begin, 1)
-    if code in (0, None):
+    done = (path / "result.json").exists()  # The kill came too late.
+    if code is None or (code == 0 and not done):
         return {"result": f"the other: {code}", "log": log(path)[-2000:]}
     made, saved = last_step(path), max(completed(path), default=0)
     row = outcome_of_pair(path, reference, made, saved)

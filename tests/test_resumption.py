@@ -72,10 +72,14 @@ def nothing_left():
 def train(path, steps, seed, distribution="none", every=3, dropout=0.1):
     """A language model up to a step, from the newest checkpoint if any."""
     keras.utils.set_random_seed(seed)
-    ks.set_distribution(distribution, 4)
-    data = ks.TokenBatches(TOKENS, 4, 8, vocabulary_size=31)
+    if distribution != "none":
+        import jax
+
+        two = 2 if "tensor" in distribution else None
+        ks.set_distribution(distribution, 4, two, jax.devices()[:4])
+    data = ks.TokenBatches(TOKENS, 4, 8, vocabulary_size=32)
     backbone = ks.StableBackbone(
-        31, 1, 2, 16, variant="sigma_reparam", dropout=dropout
+        32, 1, 2, 16, variant="sigma_reparam", dropout=dropout
     )
     lm = ks.StableCausalLM(backbone)
     lm.compile(ks.AdamW(ks.WarmupSchedule(1e-2, 12)))
@@ -116,15 +120,25 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_by_bit(tmp_path, every):
     assert states[0] == states[1]
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="jax alone distributes")
-def test_another_number_of_devices(tmp_path):
+@pytest.mark.skipif(BACKEND != "jax", reason="jax alone has meshes")
+@pytest.mark.parametrize(
+    "before, after",
+    [
+        ("fsdp", "none"),
+        pytest.param("fsdp+tensor", "data", marks=pytest.mark.slow),
+        pytest.param("none", "tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_another_mesh(tmp_path, before, after):
+    """Four simulated devices, or one: other shards than were saved."""
     how = {"dropout": 0.0, "every": None}
-    whole, _ = train(tmp_path / "whole", 8, seed=0, **how)
-    four, _ = train(tmp_path / "parts", 5, 0, distribution="data", **how)
-    assert len(four.weights[0].value.sharding.device_set) == 4
-    one, begin = train(tmp_path / "parts", 8, seed=5, **how)
+    train(tmp_path / "whole", 8, seed=0, **how)
+    for steps, seed, name in ((5, 0, before), (8, 5, after)):
+        ks.set_distribution("none", 4)
+        lm, begin = train(tmp_path / "parts", steps, seed, name, **how)
+        devices = 1 if name == "none" else 4
+        assert len(lm.weights[0].value.sharding.device_set) == devices
     assert begin == 5
-    assert len(one.weights[0].value.sharding.device_set) == 1
     losses = [
         ks.read_health(tmp_path / name).series("loss")[1]
         for name in ("whole", "parts")

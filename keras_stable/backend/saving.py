@@ -21,7 +21,7 @@ JAX = keras.backend.backend() == "jax"
 TORCH = keras.backend.backend() == "torch"
 # Seconds that processes wait for each other to have written.
 PATIENCE = 300
-_told = itertools.count()  # The same in all processes.
+_told, _stops = itertools.count(), {}  # The same in all processes.
 SEED = re.compile(r"\bseed_generator_\d+")
 
 
@@ -214,8 +214,8 @@ def agreed_to_stop(step, begin, stop):
     """Whether all processes stop before this step, as one was told to.
 
     None waits for the others or for a device. jax has a protocol for it; on
-    torch the first that is told names the step after the next: none is
-    further, for each step needs all.
+    torch the first that is told names the third step from there: all hear of
+    it before, for none can make a step without the others.
 
     Args:
         step, begin: int. Steps made, now and when `fit` began.
@@ -227,10 +227,15 @@ def agreed_to_stop(step, begin, stop):
         from jax.experimental import multihost_utils
 
         return multihost_utils.reached_preemption_sync_point(step)
-    key, store = f"keras_stable/stop/{begin}", _store()
-    if stop:
-        store.compare_set(key, "", str(step + 2))
-    return store.check([key]) and step >= int(store.get(key))
+    key = f"keras_stable/stop/{begin}"
+    if key not in _stops:
+        if stop:
+            _store().compare_set(key, "", str(step + 3))
+        if not _store().check([key]):
+            return False
+        # Not asked for again: the first process, which has it, may be gone.
+        _stops[key] = int(_store().get(key))
+    return step >= _stops[key]
 
 
 def default_seed():
