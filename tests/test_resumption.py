@@ -515,3 +515,5 @@ def test_the_lab_book_has_the_results(monkeypatch):
     assert table in readme, f"recipes/README.md is stale; paste:\n{table}"
     right = {"resumed", "refused", "finished before"}
     assert {row["result"] for row in results["rows"]} <= right
+    longest = max(row.get("seconds", 0) for row in results["rows"])
+    assert f"ended within {longest} s" in readme
