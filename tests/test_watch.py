@@ -464,13 +464,17 @@ def test_gradients_that_turn_bad_on_their_way_back():
 @pytest.mark.skipif(BACKEND != "jax", reason="jax alone distributes")
 @pytest.mark.parametrize("kind", ["data", "model"])
 def test_four_devices_measure_what_one_does(kind):
-    found = []
+    import jax
+
+    four, found = jax.devices()[:4], []
     for distributed in (False, True):
         keras.distribution.set_distribution(None)
         if distributed and kind == "data":
-            ks.set_distribution("data", batch_size=4)
+            ks.set_distribution("data", batch_size=4, devices=four)
         elif distributed:
-            mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"))
+            mesh = keras.distribution.DeviceMesh(
+                (2, 2), ("batch", "model"), four
+            )
             layout = keras.distribution.LayoutMap(mesh)
             layout[".*(query|key|value|fc1)/kernel"] = (None, "model")
             layout[".*(output|fc2)/kernel"] = ("model", None)
