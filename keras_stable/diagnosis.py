@@ -13,6 +13,7 @@ from keras_stable.detectors import Growth
 from keras_stable.detectors import Judge
 from keras_stable.detectors import Jump
 from keras_stable.detectors import Staleness
+from keras_stable.json_files import WRONG
 from keras_stable.packing import STATISTICS
 from keras_stable.packing import VARIABLE_STATISTICS
 from keras_stable.records import read_json
@@ -25,11 +26,6 @@ MOST_LOGIT = 100.0
 MOST_SKIPS = 20
 # The scalars that decide about a run.
 JUDGED = ("loss", "gradient_norm", "update_norm")
-# What a state that was not saved by us leads to.
-_WRONG = (
-    *(ArithmeticError, AttributeError, LookupError),
-    *(OSError, RecursionError, TypeError, ValueError),
-)
 
 
 class Diagnosis:
@@ -178,7 +174,7 @@ class Diagnosis:
                 return
             trial.restore(saved["diagnosis"])
             trial._rehearse(step)
-        except _WRONG as error:
+        except (*WRONG, OSError) as error:
             warnings.warn(
                 f"{file} is damaged, or of another model or version: the "
                 f"detectors begin anew. {type(error).__name__}: {error}",

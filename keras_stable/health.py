@@ -19,11 +19,6 @@ from keras_stable.records import from_json
 from keras_stable.records import to_json
 
 _COLUMNS = ("tensor", "variable", "head")  # Of which there are statistics.
-# What records that we did not write lead to.
-_WRONG = (
-    *(ArithmeticError, AttributeError, LookupError, RecursionError),
-    *(TypeError, ValueError),
-)
 
 
 class HealthWriter:
@@ -179,7 +174,7 @@ def read_health(path):
                 others[kind].append(Event(**record))
             else:
                 others[kind].append(record)
-        except _WRONG as error:
+        except json_files.WRONG as error:
             raise ValueError(
                 f"{where} is no record of schema {SCHEMA}: "
                 f"{type(error).__name__}: {error}"

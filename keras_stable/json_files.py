@@ -3,6 +3,12 @@
 import json
 from pathlib import Path
 
+# What content leads to that we did not write, where it is made use of.
+WRONG = (
+    *(ArithmeticError, AttributeError, LookupError, RecursionError),
+    *(TypeError, ValueError),
+)
+
 
 def parse(text, where):
     """The object that a text is.

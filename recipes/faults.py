@@ -55,18 +55,28 @@ BACKEND = os.environ["KERAS_BACKEND"]
 HEARTBEAT, BOUND = 10, 90  # Seconds: of a dead process; for the other to end.
 
 
+def some_steps(path, rng, pid, most=STEPS - 5):
+    """Waits for a random number of steps."""
+    step = rng.randrange(1, most)
+    until(lambda: last_step(path) >= step, pid)
+
+
+def resumed(path, reference):
+    """How a run goes on that ended where it may."""
+    saved = max(completed(path), default=0)
+    return outcome(path, reference, last_step(path), saved)
+
+
 # Faults. Each takes an empty or a half-done run, and the reference.
 
 
 def kill_training(path, reference, rng):
     pid = start(path)
-    step = rng.randrange(1, STEPS - 5)
-    until(lambda: last_step(path) >= step, pid)
+    some_steps(path, rng, pid)
     time.sleep(rng.uniform(0, 5 * SECONDS))
     os.kill(pid, signal.SIGKILL)
     finish(pid)
-    saved = max(completed(path), default=0)
-    return outcome(path, reference, last_step(path), saved)
+    return resumed(path, reference)
 
 
 def kill_saving(path, reference, rng):
@@ -82,8 +92,7 @@ def kill_saving(path, reference, rng):
     time.sleep(rng.uniform(0, 0.3))
     os.kill(pid, signal.SIGKILL)
     finish(pid)
-    saved = max(completed(path), default=0)
-    return outcome(path, reference, last_step(path), saved)
+    return resumed(path, reference)
 
 
 def kill_first_step(path, reference, rng):
@@ -93,15 +102,13 @@ def kill_first_step(path, reference, rng):
     until(lambda: time.monotonic() > end or last_step(path) > 0, pid)
     os.kill(pid, signal.SIGKILL)
     finish(pid)
-    saved = max(completed(path), default=0)
-    return outcome(path, reference, last_step(path), saved)
+    return resumed(path, reference)
 
 
 def interrupt(path, reference, rng):
     """SIGTERM or Ctrl-C: saves, and exits with 75; nothing is done twice."""
     pid = start(path)
-    step = rng.randrange(1, STEPS - 5)
-    until(lambda: last_step(path) >= step, pid)
+    some_steps(path, rng, pid)
     os.kill(pid, rng.choice([signal.SIGTERM, signal.SIGINT]))
     code = finish(pid)
     made = last_step(path)
@@ -116,16 +123,14 @@ def two_interrupts(path, reference, rng):
     """A second Ctrl-C while the first is being obeyed: it ends at once."""
     pid = start(path)
     until(lambda: "BEGINS" in log(path), pid)
-    step = rng.randrange(1, STEPS - 5)
-    until(lambda: last_step(path) >= step, pid)
+    some_steps(path, rng, pid)
     os.kill(pid, signal.SIGINT)
     until(lambda: "Ctrl-C ends at once" in log(path), pid)
     os.kill(pid, signal.SIGINT)
     code = finish(pid)
     if code not in (0, 75, -signal.SIGINT):
         return {"result": f"exit code {code}", "log": log(path)[-2000:]}
-    saved = max(completed(path), default=0)
-    return outcome(path, reference, last_step(path), saved)
+    return resumed(path, reference)
 
 
 @contextlib.contextmanager
@@ -223,8 +228,7 @@ def outcome_of_pair(path, reference, made, saved):
 def one_of_two(path, reference, rng):
     """One of two processes is killed: the other ends, and both go on."""
     pids = pair(path)
-    step = rng.randrange(1, STEPS - 5)
-    until(lambda: last_step(path) >= step, pids[0])
+    some_steps(path, rng, pids[0])
     victim = rng.randrange(2)
     os.kill(pids[victim], signal.SIGKILL)
     begin = time.monotonic()
@@ -242,8 +246,7 @@ def one_of_two(path, reference, rng):
 def interrupt_two(path, reference, rng):
     """One of two is sent a signal: both save the same step and exit with 75."""
     pids = pair(path)
-    step = rng.randrange(1, STEPS // 2)
-    until(lambda: last_step(path) >= step, pids[0])
+    some_steps(path, rng, pids[0], STEPS // 2)
     number = rng.choice([signal.SIGTERM, signal.SIGINT])
     os.kill(pids[rng.randrange(2)], number)
     codes = [finish(pid) for pid in pids]

@@ -56,6 +56,26 @@ FUNCTIONS = [
     "without_weights",
 ]
 
+
+
+def check_shares(batch_size, count, what="devices"):
+    """Raises unless a batch divides evenly."""
+    if batch_size % count:
+        raise ValueError(
+            f"The batch must be a multiple of the {count} {what} it is "
+            f"divided among. Received: batch size {batch_size}"
+        )
+
+
+def check_data(name, backend):
+    """Raises unless a distribution is what torch and TensorFlow have."""
+    if name != "data":
+        raise ValueError(
+            f"On {backend} there is no distribution {name!r}, only 'data'. "
+            "Use KERAS_BACKEND=jax."
+        )
+
+
 # Every module through which models reach the fused attention.
 _ATTENTION_MODULES = (ops, ops.nn, source_ops, source_ops.nn)
 

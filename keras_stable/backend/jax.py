@@ -9,6 +9,7 @@ from jax import numpy as jnp
 from jax.experimental import mesh_utils
 
 from keras_stable.backend.internals import FUNCTIONS
+from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_mesh import platform
 from keras_stable.backend.jax_planning import compile_step as compile_step
@@ -53,11 +54,7 @@ def distribute(name, batch_size, tensor_parallel, devices):
                 f"Received: {model}"
             )
     shape = (len(devices) // model, model)
-    if batch_size % shape[0]:
-        raise ValueError(
-            f"The batch must be a multiple of the {shape[0]} devices it is "
-            f"divided among. Received: batch size {batch_size}"
-        )
+    check_shares(batch_size, shape[0])
     if all(getattr(device, "platform", None) == "tpu" for device in devices):
         # Neighbours next to each other, where the links are.
         return mesh_utils.create_device_mesh(

@@ -5,6 +5,8 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_stable.backend.internals import FUNCTIONS
+from keras_stable.backend.internals import check_data
+from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_only import attention as attention
 from keras_stable.backend.jax_only import compile_step as compile_step
@@ -37,20 +39,12 @@ def distribute(name, batch_size, tensor_parallel, devices):
 
     Keras accepts its own distributions on tensorflow and then ignores them.
     """
-    if name != "data":
-        raise ValueError(
-            f"On tensorflow there is no distribution {name!r}, only 'data'. "
-            "Use KERAS_BACKEND=jax."
-        )
+    check_data(name, "tensorflow")
     if devices is None:
         devices = tf.config.list_logical_devices("GPU")
         devices = devices or tf.config.list_logical_devices("CPU")
         devices = [device.name for device in devices]
-    if batch_size % len(devices):
-        raise ValueError(
-            f"The batch must be a multiple of the {len(devices)} devices it "
-            f"is divided among. Received: batch size {batch_size}"
-        )
+    check_shares(batch_size, len(devices))
     strategy = tf.distribute.MirroredStrategy(devices)
     tf.distribute.experimental_set_strategy(strategy)
 

@@ -9,6 +9,9 @@ import os
 import numpy as np
 import torch
 
+from keras_stable.backend.internals import check_data
+from keras_stable.backend.internals import check_shares
+
 # Numbers that processes send each other at a time: 100 MB of float32.
 BUCKET = 25_000_000
 
@@ -18,11 +21,7 @@ def distribute(name, batch_size, tensor_parallel, devices):
 
     Keras accepts its own distributions on torch and then ignores them.
     """
-    if name != "data":
-        raise ValueError(
-            f"On torch there is no distribution {name!r}, only 'data'. Use "
-            "KERAS_BACKEND=jax."
-        )
+    check_data(name, "torch")
     if devices is not None or "RANK" not in os.environ:
         raise ValueError(
             "On torch each device has a process of its own: start them with "
@@ -30,11 +29,7 @@ def distribute(name, batch_size, tensor_parallel, devices):
             "KERAS_BACKEND=jax."
         )
     count = int(os.environ["WORLD_SIZE"])
-    if batch_size % count:
-        raise ValueError(
-            f"The batch must be a multiple of the {count} processes it is "
-            f"divided among. Received: batch size {batch_size}"
-        )
+    check_shares(batch_size, count, "processes")
     if torch.cuda.is_available():
         # Keras's "cuda" is the current one.
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
