@@ -198,7 +198,8 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
 
     def train_step(self, *args):
         with self._step():
-            return super().train_step(*backend.to_device(args))
+            logs = super().train_step(*backend.to_device(args))
+        return backend.send_logs(logs)
 
     def test_step(self, *args):
         with self._step():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import keras_stable as ks
+from keras_stable import losses
 from keras_stable import telemetry
 
 if keras.backend.backend() != "torch":
@@ -17,6 +18,7 @@ import torch
 
 from keras_stable.backend import torch as backend
 from keras_stable.backend import torch_programs as programs
+from keras_stable.backend import torch_transfers
 
 RNG = np.random.default_rng(0)
 IDS = RNG.integers(0, 31, (4, 10)).astype("int32")
@@ -162,3 +164,46 @@ def test_updates_are_counted_whatever_assigns(monkeypatch):
     )
     step()
     assert counts == [0, 1, 70, 71, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "output_cap, z_weight, dtype",
+    [(None, 0.0, "float32"), (30.0, 1e-4, "float32"), (None, 1e-4, None)],
+)
+def test_fused_functions_are_traced_without_numbers(
+    output_cap, z_weight, dtype
+):
+    rng = np.random.default_rng(0)
+    raw = torch.tensor(rng.normal(size=(6, 11)), dtype=torch.float32)
+    target = torch.tensor([0, 3, 10, 5, 5, 11], dtype=torch.int32)
+    weight = torch.tensor([1.0, 0.0, 1.0, 0.5, 1.0, 0.0])
+
+    def rows(raw, target, weight):
+        return losses._rows(raw, target, weight, output_cap, z_weight, dtype)
+
+    program = programs.trace(rows, raw, target, weight, mode="fake")
+    # Others than those it was traced with.
+    args = raw + 1.0, target.flip(0), weight.flip(0)
+    for found, expected in zip(program(*args), rows(*args), strict=True):
+        if expected is None:
+            assert found is None
+        else:
+            torch.testing.assert_close(
+                found, expected, rtol=0, atol=0, equal_nan=True
+            )
+
+
+def test_a_loss_has_one_backward_pass():
+    hidden = torch.randn(1, 3, 4, requires_grad=True)
+    kernel, target = torch.randn(4, 8), torch.zeros(1, 3, dtype=torch.int32)
+    loss = ks.next_token_loss(hidden, kernel, target, training=True)[0]
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="Compute the loss again"):
+        loss.backward()
+
+
+def test_numbers_that_arrive_later_are_numbers():
+    handle = torch_transfers.start_read(torch.tensor([0.5, 2.5]))
+    first, second = (torch_transfers._Arriving(handle, i) for i in range(2))
+    assert float(first) == 0.5
+    assert np.array(second) == np.float32(2.5)

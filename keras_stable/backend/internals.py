@@ -46,6 +46,7 @@ FUNCTIONS = [
     "region",
     "replicas",
     "scan",
+    "send_logs",
     "shapes_of",
     "square_sums",
     "start_read",

@@ -4,7 +4,6 @@ import os
 
 import torch
 from keras.src.backend.torch.core import get_device
-from torch.utils._pytree import tree_map
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
@@ -26,6 +25,10 @@ from keras_stable.backend.torch_processes import undistribute as undistribute
 from keras_stable.backend.torch_programs import fused as fused
 from keras_stable.backend.torch_programs import queueing as queueing
 from keras_stable.backend.torch_programs import region as region
+from keras_stable.backend.torch_transfers import finish_read as finish_read
+from keras_stable.backend.torch_transfers import send_logs as send_logs
+from keras_stable.backend.torch_transfers import start_read as start_read
+from keras_stable.backend.torch_transfers import to_device as to_device
 
 __all__ = FUNCTIONS
 
@@ -96,6 +99,11 @@ def add_product(total, a, b):
     """`total + a @ b`; float32. `total` may be overwritten."""
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
+    if a.is_cuda:
+        # Added by the product's own kernel: no product in between, of 1 GB
+        # for a vocabulary of 256,000.
+        add = torch.ops.aten.addmm.dtype_out
+        return add(total, a, b, torch.float32, out=total)
     return total.add_(matmul_float32(a, b))
 
 
@@ -191,21 +199,6 @@ def constant(array):
     return _constants[key][1]
 
 
-def to_device(batch):
-    """A batch of arrays, on its way to the device; waits for nothing."""
-    if not torch.cuda.is_available() or get_device() == "cpu":
-        return batch
-
-    def send(x):
-        if isinstance(x, torch.Tensor) and x.device.type == "cpu":
-            # A copy from memory that is not pinned would wait until the
-            # device has done all that it was given before.
-            return x.pin_memory().to(get_device(), non_blocking=True)
-        return x
-
-    return tree_map(send, batch)
-
-
 def scan(step, carry, inputs):
     """Calls `carry, output = step(carry, [x[i] for x in inputs])` for each i.
 
@@ -224,15 +217,21 @@ def scan(step, carry, inputs):
 class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, function, x, w, *constants):
-        value, gradients = function(x, w, *constants, gradient=True)
-        ctx.save_for_backward(*gradients)
+        value, ctx.gradients = function(x, w, *constants, gradient=True)
         ctx.dtypes = x.dtype, w.dtype
         return value
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
-        scaled = [g * upstream[0] for g in ctx.saved_tensors]
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "The gradient of this loss was taken before: it is computed "
+                "once, beside the loss. Compute the loss again."
+            )
+        # In place: that of the head may be of 1 GB.
+        gradients, ctx.gradients = ctx.gradients, None
+        scaled = [g.mul_(upstream[0]) for g in gradients]
         scaled = [g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes)]
         others = len(ctx.needs_input_grad) - 3
         return (None, *scaled, *(None for _ in range(others)))
@@ -303,25 +302,6 @@ def export_options(rank_by_input):
 def gather(packed, steps, store):
     """The vector of one step."""
     return packed
-
-
-def start_read(array):
-    """Begins to copy an array to the host, and returns at once."""
-    if not array.is_cuda:
-        return array.clone(), None
-    host = torch.empty(array.shape, dtype=array.dtype, pin_memory=True)
-    host.copy_(array, non_blocking=True)
-    event = torch.cuda.Event()
-    event.record()
-    return host, event
-
-
-def finish_read(handle):
-    """The array as numpy, waiting for the device if need be."""
-    host, event = handle
-    if event is not None:
-        event.synchronize()
-    return host.numpy()
 
 
 def check_observable(model):

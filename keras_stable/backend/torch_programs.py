@@ -73,15 +73,21 @@ def queueing():
         torch.as_tensor = original
 
 
-def trace(function, *args):
-    """A graph of plain torch operations, of the tensors in `args`."""
+def trace(function, *args, mode="real"):
+    """A graph of plain torch operations, of the tensors in `args`.
+
+    Args:
+        mode: `"fake"`: nothing is computed, and nothing takes memory; without
+            arrays in `function`, whose numbers would be lost.
+    """
     global _tracing
     outer, _tracing = _tracing, True
     try:
         # Without a gradient of its own: it is taken through the graph. Before
         # dispatch, so that attention chooses its kernel when the graph runs.
         with torch.no_grad(), queueing():
-            graph = make_fx(function, pre_dispatch=True)(*args)
+            graph = make_fx(function, tracing_mode=mode, pre_dispatch=True)
+            graph = graph(*args)
     finally:
         _tracing = outer
     return graph
@@ -121,9 +127,8 @@ def fused(function):
                         )
                     )
 
-                compiled[key] = torch.compile(
-                    trace(graph, *tensors), dynamic=False
-                )
+                program = trace(graph, *tensors, mode="fake")
+                compiled[key] = torch.compile(program, dynamic=False)
             return compiled[key](*tensors)
 
     return call

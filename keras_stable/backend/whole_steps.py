@@ -36,6 +36,11 @@ def to_device(batch):
     return batch
 
 
+def send_logs(logs):
+    """The logs of a step, on their way to the host; waits for nothing."""
+    return logs
+
+
 @contextlib.contextmanager
 def queueing():
     """Within it, numbers go to the device without waiting for it."""
