@@ -83,6 +83,9 @@ def parse(arguments, ks):
     add("--learning-rate", type=float, default=3e-4, help="(3e-4)")
     text = "without the accuracy that KerasHub's models report by default"
     add("--no-metrics", action="store_true", help=text)
+    text = "over all devices, of our rows alone; speed and batch are of all, "
+    text += "memory is of one (none)"
+    add("--distribution", choices=ks.DISTRIBUTIONS, default="none", help=text)
     add("--sweep", choices=SWEEPS)
     add("--values", help="of the sweep, e.g. 2,4,8")
     add("--peak-tflops", type=float, help="of the card, for MFU")
@@ -99,6 +102,9 @@ def parse(arguments, ks):
         if not found:
             parser.error(f"no row is named {pattern!r}: see --help.")
         rows += [row for row in found if row not in rows]
+    alone = [row for row in rows if not row.startswith("ours/")]
+    if alone and args.distribution != "none":
+        parser.error(f"--distribution is of our rows, not of {alone[0]!r}.")
     return args, rows, configurations(args, ks)
 
 
@@ -108,7 +114,8 @@ def configurations(args, ks):
     config = {**SETTINGS[args.setting], **given}
     config = {**ks.SIZES[config["size"]], **config}
     names = "num_layers num_heads hidden_dim vocabulary batch_size precision "
-    names += "sequence_length steps warmup blocks learning_rate no_metrics"
+    names += "sequence_length steps warmup blocks learning_rate no_metrics "
+    names += "distribution"
     config = {name: config[name] for name in names.split()}
     if not args.sweep:
         return [config]
@@ -210,6 +217,7 @@ def measure(row, config, watch=stopwatch):
     ends, tick, report = watch(config)
     B, T = (config[name] for name in ("batch_size", "sequence_length"))
     V, D = config["vocabulary"], config["hidden_dim"]
+    ks.set_distribution(config["distribution"], B)
     # 64 different batches at most. Two steps more than are timed: `fit` marks
     # a step when the next one begins, and the last step gives the loss.
     steps = ends[-1] + 2
@@ -256,7 +264,9 @@ def child(row, config, out):
         traceback.print_exc()
         text = traceback.format_exception_only(error)[-1]
         result = {"error": text.splitlines()[0][:300]}
-    Path(out).write_text(json.dumps(result))
+    # Of several processes on torch, the first.
+    if os.environ.get("RANK", "0") == "0":
+        Path(out).write_text(json.dumps(result))
 
 
 def run(row, config, timeout, script=__file__):
@@ -273,8 +283,12 @@ def run(row, config, timeout, script=__file__):
             "TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "inductor")),
             "TRITON_CACHE_DIR": str(Path(folder, "triton")),
         }
-        child = ["--child", row, json.dumps(config), str(out)]
-        command = [sys.executable, script, *child]
+        child = [script, "--child", row, json.dumps(config), str(out)]
+        if backend == "torch" and config["distribution"] != "none":
+            # A process for each device.
+            flags = ["--standalone", "--nproc-per-node", "auto"]
+            child = ["-m", "torch.distributed.run", *flags, *child]
+        command = [sys.executable, *child]
         try:
             done = subprocess.run(
                 command, env=environment, capture_output=True, timeout=timeout
@@ -294,7 +308,9 @@ def add_mfu(entry, precision, peak):
     entry["peak_tflops"] = peak
     if peak is not None:
         flops = entry["flops_per_step"] / (1e-3 * entry["milliseconds"])
-        entry["mfu"] = flops / (1e12 * peak)
+        shared = entry["shapes"]["distribution"] != "none"
+        devices = int(entry["device"].rpartition(" x ")[2]) if shared else 1
+        entry["mfu"] = flops / (1e12 * peak * devices)
 
 
 def table(result):
