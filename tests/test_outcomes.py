@@ -276,6 +276,26 @@ def test_directories_that_cannot_be_read_are_listed(tmp_path):
     assert read(tmp_path / "empty") == []
 
 
+def test_whatever_a_record_holds_it_is_listed_or_read(tmp_path):
+    path = make_run(tmp_path, 1e-3)
+    record = ks.read_run(path)
+    wrong = (None, 5, "x", [1, [2]], {"a": 1}, -1, 1e400, True)
+    keys = [(key, None) for key in record]
+    keys += [("config", key) for key in record["config"]]
+    for key, inner in keys:
+        for value in wrong:
+            damaged = json.loads(json.dumps(record))
+            if inner is None:
+                damaged[key] = value
+            else:
+                damaged[key][inner] = value
+            write_json(path / "run.json", damaged)
+            problems = []
+            found = ks.read_outcomes(tmp_path, problems=problems)
+            still = damaged["status"] in ("running", "interrupted")
+            assert len(found) + len(problems) >= 1 or still, (key, inner)
+
+
 def test_without_curves_a_run_is_judged_by_its_record(tmp_path):
     for rate, record in (
         (1e-3, {}),
