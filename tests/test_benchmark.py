@@ -219,9 +219,16 @@ def test_settings_and_sweeps():
 @pytest.mark.parametrize(
     "page, name",
     [
-        ("README.md", "speed-h100.json"),
+        ("README.md", "speed-h100-jax.json"),
+        ("README.md", "speed-h100-torch.json"),
         ("recipes/README.md", "speed-h100-vocabulary.json"),
+        ("recipes/README.md", "speed-h100-vocabulary-torch.json"),
         ("recipes/README.md", "speed-h100-variants.json"),
+        ("recipes/README.md", "speed-h100-two.json"),
+        ("recipes/README.md", "scaling-h100-depth.json"),
+        ("recipes/README.md", "scaling-h100-width.json"),
+        ("recipes/README.md", "scaling-h100-length.json"),
+        ("recipes/README.md", "scaling-h100-vocabulary.json"),
         ("recipes/README.md", "speed-cpu.json"),
     ],
 )

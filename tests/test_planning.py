@@ -322,7 +322,7 @@ def test_the_lab_book_says_what_the_plans_say():
     for name in ("cpu", "one-chip"):
         total = load(f"plan-830m-{name}.json")["plan"]["memory"]["total"]
         assert f"{total / 1e9:.1f}" in book
-    rows = load("speed-h100.json")["rows"]
+    rows = load("speed-h100-jax.json")["rows"]
     (ours,) = [r for r in rows if r["row"] == "ours/jax/baseline"]
     assert f"{ours['peak_bytes'] / 1e9:.1f} GB on an H100" in book
 
