@@ -126,6 +126,7 @@ from keras_stable.arms import Arm as Arm
 from keras_stable.arms import Experiment as Experiment
 from keras_stable.published import PUBLISHED as PUBLISHED
 from keras_stable.published import Published as Published
+from keras_stable.report import write_report as write_report
 
 # The monitor.
 from keras_stable.criteria import classify as classify

@@ -50,28 +50,18 @@ def growth(digest, reference=None):
     return found or None
 
 
-def tenth_of(digest, digests):
-    """The run of the same label and seed at a tenth of the rate, or None."""
-    facts = digest.facts
-    if facts["rate"] is None or not len(digest.steps):
-        return None
-    for other in digests:
-        same = all(other.facts[k] == facts[k] for k in ("label", "seed"))
-        if same and other.facts["rate"] and len(other.steps):
-            if abs(other.facts["rate"] * 10 / facts["rate"] - 1) < 0.02:
-                return other
-    return None
-
-
-def growths(digest, digests):
+def growths(digest, tenth=None):
     """What the page shows of growth, and the largest in the last table.
+
+    Args:
+        digest: `Digest`.
+        tenth: that of the run of the same seed at a tenth of the rate.
 
     Returns:
         `(shown, largest)`: dictionary for the page with `"first"` and
         `"tenth"`; number of times, against the tenth if it is there, or None.
     """
     shown, largest = {}, None
-    tenth = tenth_of(digest, digests)
     references = {"first": None} | ({"tenth": tenth} if tenth else {})
     for name, reference in references.items():
         found = growth(digest, reference)

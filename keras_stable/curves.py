@@ -94,9 +94,11 @@ def thin(steps, rows, cells):
     most = max(2, cells // max(rows, 1))
     if len(steps) <= most:
         return list(range(len(steps)))
-    return np.unique(np.linspace(0, len(steps) - 1, most).round()).astype(
-        int
-    ).tolist()
+    return (
+        np.unique(np.linspace(0, len(steps) - 1, most).round())
+        .astype(int)
+        .tolist()
+    )
 
 
 def pack(values, kind="f4"):

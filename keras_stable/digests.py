@@ -176,7 +176,8 @@ def _identify(digest, record, failure):
     corpus = _object(record.get("corpus"))
     status = record.get("status")
     if not record:
-        status = "failed" if failure else "no run.json"
+        status = "unreadable" if digest.problems else "no run.json"
+        status = "failed" if failure else status
     digest.facts = {
         "path": text(digest.path),
         "label": text(label),
@@ -258,7 +259,7 @@ def _place(name):
 
 
 def _norms(digest, health, cells):
-    """Norms of each kind: of its tensors in a layer, sqrt(mean(l2^2))."""
+    """Norms of each kind: of a layer's tensors together, sqrt(sum(l2^2))."""
     if not health.tables:
         return
     names = list(health.layout["tensors"])
@@ -278,7 +279,7 @@ def _norms(digest, health, cells):
     for kind in (*KINDS, "Other"):
         if kind in places:
             layers = dict(list(places[kind].items())[:ROWS])
-            squares = [np.mean(l2[i] ** 2, axis=0) for i in layers.values()]
+            squares = [np.sum(l2[i] ** 2, axis=0) for i in layers.values()]
             digest.norms[kind] = list(layers), np.sqrt(squares)
 
 

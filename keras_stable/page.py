@@ -21,12 +21,12 @@ POLICY = (
 
 
 def json_for_html(value):
-    """JSON that stays JSON within a script element.
+    r"""JSON that stays JSON within a script element.
 
     Numbers that JSON does not have become null.
 
     >>> json_for_html({"label": "</script>", "loss": math.nan})
-    '{"label":"\\\\u003c/script\\\\u003e","loss":null}'
+    '{"label":"\\u003c/script\\u003e","loss":null}'
     """
     text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
     # Escapes of JSON's own: `</script>` and `<!--` cannot occur.
@@ -90,8 +90,7 @@ def render(data, title):
         [
             '<!doctype html>\n<html lang="en">\n<head>',
             '<meta charset="utf-8">',
-            '<meta http-equiv="Content-Security-Policy" '
-            f'content="{policy}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" '
             'content="width=device-width, initial-scale=1">',
             '<link rel="icon" href="data:,">',

@@ -25,7 +25,7 @@ FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "json_files", "entropy", "byte_level"},
-        *{"hlo", "intervals"},
+        *{"hlo", "intervals", "curves", "page", "screenshots"},
     },
     {
         *{"variant", "presets", "losses", "embeddings", "positions"},
@@ -42,12 +42,18 @@ FLOORS = [
     {"telemetry", "family", "tokenizers", "health", "experiments"},
     {
         *{"detectors", "updates", "taps", "optimizers", "data", "linear"},
-        *{"families", "subwords", "token_cache", "growth"},
+        *{"families", "subwords", "token_cache", "growth", "digests"},
     },
-    {"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
+    {
+        *{"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
+        "comparison",
+    },
     {"attention", "training_state", "reported", "memory", "outcomes"},
-    {"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
-    {"backbone", "selftest", "planning"},
+    {
+        *{"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
+        "standings",
+    },
+    {"backbone", "selftest", "planning", "report"},
     {"checkpoints", "generation", "preprocessing"},
     {"models", "monitor"},
     {"__init__"},

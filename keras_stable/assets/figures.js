@@ -40,14 +40,20 @@ const panelTitle = (panel, text) => ({text, x: panel.x[0], y: panel.y[1],
   xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom",
   showarrow: false, font: {...FONT, size: 13}});
 
+// On a logarithmic axis: decades alone, if there are some.
+function logTicks(values) {
+  const positive = values.filter((v) => v > 0);
+  const decades = Math.log10(Math.max(...positive) / Math.min(...positive));
+  return {type: "log", tickformat: "~g",
+    dtick: decades > 6 ? 2 : decades > 1.5 ? 1 : "D2"};
+}
+
 const lost = (run) => !["converged", "spiked", "degraded"].includes(run.ending);
 
-// A lost run counts as l_0, as in the LR sensitivity.
+// min(loss, l_0), as in the LR sensitivity; l_0 for a loss that is none.
 function height(run) {
-  if (!lost(run) && known(run.loss)) {
-    return known(run.initial) ? Math.min(run.loss, run.initial) : run.loss;
-  }
-  return known(run.initial) ? run.initial : null;
+  const values = [run.loss, run.initial].filter(known);
+  return values.length ? Math.min(...values) : null;
 }
 
 function ratesFigure(runs, state) {
@@ -105,7 +111,9 @@ function ratesFigure(runs, state) {
     for (const gone of [false, true]) {
       const points = mine.filter((run) => lost(run) === gone);
       if (!points.length) continue;
-      traces.push({...axes, x: points.map((r) => r.rate),
+      // Beside each other, not upon.
+      const aside = apart ? 1 : 1.025 ** (i - (labels.length - 1) / 2);
+      traces.push({...axes, x: points.map((r) => r.rate * aside),
         y: points.map(height), type: "scatter", mode: "markers",
         legendgroup: label, showlegend: false, name: plain(label),
         customdata: points.map((r) => r.id),
@@ -125,32 +133,51 @@ function colourOf(run, by) {
   return by === "rate" ? rateColour(run.rate) : variantColour(run.label);
 }
 
+const CURVES = {loss: "training loss", gradient_norm: "gradient norm",
+  update_norm: "update norm", max_logit: "largest attention logit"};
+
 function curvesFigure(runs, state) {
   const name = state.curve === "loss" && state.trend ? "trend" : state.curve;
   const drawn = runs.filter((run) => run.curves[name]);
   if (!drawn.length) return null;
-  const traces = [], seen = new Set();
-  const texts = {loss: "training loss", gradient_norm: "gradient norm",
-    update_norm: "update norm", max_logit: "largest attention logit"};
+  const labels = DATA.labels.filter((l) => drawn.some((r) => r.label === l));
+  const apart = state.panels && labels.length > 1;
+  const count = apart ? labels.length : 1;
+  const columns = apart ? (narrow() ? 1 : Math.min(3, count)) : 1;
+  const rows = Math.ceil(count / columns);
+  const tall = 250 * rows;
+  const grid = panels(count, columns, {gap: 0.05, rowGap: 45 / tall});
+  const traces = [], seen = new Set(), all = [];
   let high = -Infinity, low = Infinity;
-  const marks = {event: {x: [], y: [], text: [], id: [], color: []},
-    verdict: {x: [], y: [], text: [], id: [], color: []}};
-  for (const run of drawn) {
+  const marks = [];
+  const order = {variant: DATA.labels, rate: DATA.rates, ending: DATA.present};
+  const keyOf = (run) => run[{variant: "label"}[state.colour] || state.colour];
+  const ranked = [...drawn].sort((a, b) => order[state.colour].indexOf(keyOf(a))
+    - order[state.colour].indexOf(keyOf(b)));
+  for (const run of ranked) {
+    const panel = grid[apart ? labels.indexOf(run.label) : 0];
+    const axes = {xaxis: `x${panel.suffix}`, yaxis: `y${panel.suffix}`};
     const x = unpack(run.curves[name].x), y = unpack(run.curves[name].y);
     const colour = colourOf(run, state.colour);
-    const key = {variant: run.label, rate: showRate(run.rate),
-      ending: run.ending}[state.colour];
+    const key = state.colour === "rate" ? showRate(run.rate) : keyOf(run);
     const here = run.id === state.run;
-    const legend = !seen.has(key);
-    seen.add(key);
-    traces.push({x, y, type: "scatter", mode: "lines", name: plain(key),
-      legendgroup: key, showlegend: legend, customdata: [run.id],
-      opacity: here ? 1 : drawn.length > 12 ? 0.55 : 0.85,
+    if (!seen.has(key)) {
+      traces.push({...axes, x: [null], y: [null], type: "scatter",
+        mode: "lines", name: plain(key), legendgroup: key,
+        line: {color: colour, width: 2}});
+    }
+    traces.push({...axes, x, y, type: "scatter", mode: "lines",
+      legendgroup: key, showlegend: false, customdata: [run.id], opacity: here ? 1 : drawn.length > 30 ? 0.6 : 0.85,
       line: {color: colour, width: here ? 2.6 : 1.2, simplify: true,
         dash: state.colour === "variant" ? variantDash(run.label) : "solid"},
       hovertemplate: `<b>${plain(nameOf(run))}</b><br>${run.ending}, step ` +
         "%{x}: %{y:.4~g}<extra></extra>"});
-    for (const v of y) if (Number.isFinite(v)) low = Math.min(low, v);
+    seen.add(key);
+    for (const v of y) {
+      if (!Number.isFinite(v)) continue;
+      low = Math.min(low, v);
+      all.push(v);
+    }
     if (known(run.initial)) high = Math.max(high, run.initial);
     if (!state.marks) continue;
     // The value at a step: the last point drawn before it.
@@ -160,39 +187,43 @@ function curvesFigure(runs, state) {
       while (i > 0 && !Number.isFinite(y[i])) i--;
       return y[i];
     };
-    const mark = (kind, step, text) => {
-      const into = marks[kind];
-      into.x.push(step);
-      into.y.push(at(step));
-      into.id.push(run.id);
-      into.color.push(colour);
-      into.text.push(`<b>${plain(nameOf(run))}</b><br>step ${step}: ` +
-        plain(text));
-    };
-    for (const [step, , detector, series, , detail] of run.events) {
-      if (known(step)) mark("event", step, `${detector}, ${series}: ${detail}`);
+    const found = [
+      ["triangle-down", run.events.filter(([step]) => known(step)).map(
+        ([step, , detector, series, , detail]) =>
+          [step, `${detector}, ${series}: ${detail}`])],
+      ["square", run.verdicts.filter(([step]) => known(step))]];
+    for (const [symbol, steps] of found.filter(([, s]) => s.length)) {
+      marks.push({...axes, x: steps.map(([step]) => step),
+        y: steps.map(([step]) => at(step)), type: "scatter", mode: "markers",
+        legendgroup: key, showlegend: false, customdata: steps.map(() => run.id),
+        text: steps.map(([step, text]) => `<b>${plain(nameOf(run))}</b><br>` +
+          `step ${step}: ${plain(text)}`),
+        hovertemplate: "%{text}<extra></extra>",
+        marker: {color: symbol === "square" ? colour : "#fff", size: 8, symbol,
+          line: {color: colour, width: 1.5}}});
     }
-    for (const [step, verdict] of run.verdicts) {
-      if (known(step)) mark("verdict", step, verdict);
+  }
+  const layout = layoutOf({height: apart ? tall + 110 : narrow() ? 420 : 480,
+    annotations: apart ? grid.map((panel, i) => panelTitle(panel,
+      plain(labels[i]))) : []});
+  layout.legend.y = apart ? -45 / tall : -0.15;
+  layout.legend.traceorder = "normal";
+  const last = Math.max(...drawn.map((run) => run.steps_done || 0));
+  grid.forEach((panel, i) => {
+    layout[`xaxis${panel.suffix}`] = axis(i >= count - columns ? "step" : "",
+      {domain: panel.x, anchor: `y${panel.suffix}`, range: [0, last * 1.01],
+        ...(apart && i ? {matches: "x"} : {})});
+    const y = axis(i % columns ? "" : CURVES[state.curve],
+      {domain: panel.y, anchor: `x${panel.suffix}`,
+        ...(state.log && all.length ? logTicks(all) : {}),
+        ...(apart && i ? {matches: "y"} : {})});
+    if (state.curve === "loss" && !state.log && high > low) {
+      // Not what a diverged run rose to: a double click shows it.
+      y.range = [low - 0.03 * (high - low), high + 0.08 * (high - low)];
     }
-  }
-  for (const [kind, into] of Object.entries(marks)) {
-    if (!into.x.length) continue;
-    traces.push({x: into.x, y: into.y, text: into.text, customdata: into.id,
-      type: "scatter", mode: "markers", showlegend: false,
-      hovertemplate: "%{text}<extra></extra>",
-      marker: {color: kind === "event" ? "#fff" : into.color, size: 8,
-        symbol: kind === "event" ? "triangle-down" : "square",
-        line: {color: into.color, width: 1.5}}});
-  }
-  const y = axis(texts[state.curve], {type: state.log ? "log" : "linear"});
-  if (state.curve === "loss" && !state.log && high > low) {
-    // Not what a diverged run rose to: a double click shows it.
-    y.range = [low - 0.03 * (high - low), high + 0.08 * (high - low)];
-  }
-  return {traces, layout: layoutOf({height: narrow() ? 420 : 480,
-    xaxis: axis("step"), yaxis: y,
-    legend: {...layoutOf().legend, traceorder: "normal"}})};
+    layout[`yaxis${panel.suffix}`] = y;
+  });
+  return {traces: [...traces, ...marks], layout};
 }
 
 // Heat maps beside each other, on one colour scale.
@@ -223,7 +254,7 @@ function heatmaps(maps, {scale, zmin, zmax, zmid, ticks, columns, unit}) {
       anchor: `x${panel.suffix}`, autorange: "reversed", showgrid: false,
       tickvals, ticktext: tickvals.map((j) => plain(
         map.ticktext ? map.ticktext[tickvals.indexOf(j)]
-          : short(map.names[j], 22))), tickfont: {size: 10}});
+          : layerName(map.names[j], narrow() ? 18 : 30))), tickfont: {size: 10}});
     layout.annotations.push(panelTitle(panel, plain(map.title)));
     return {type: "heatmap", x: Array.from(map.x), z: map.z,
       coloraxis: "coloraxis", hoverongaps: false,
@@ -236,7 +267,7 @@ function heatmaps(maps, {scale, zmin, zmax, zmid, ticks, columns, unit}) {
 }
 
 function growthFigure(run, state) {
-  const growth = run.growth[state.reference] || run.growth.first;
+  const growth = run.growths[state.reference] || run.growths.first;
   if (!growth) return null;
   const maps = Object.entries(growth.kinds)
     .filter(([kind]) => kind !== "Other" || state.others ||
@@ -246,10 +277,15 @@ function growthFigure(run, state) {
       x: growth.steps, names: map.names, z: rowsOf(map.z),
       say: (v) => `${v > 0 ? "+" : ""}${show(v, 3)} octaves, ` +
         `${show(2 ** v, 3)} times`}));
-  return heatmaps(maps, {scale: DIVERGING, zmin: -4, zmax: 4, columns: 2,
+  // As many octaves as there are, even ones: 2 to 12.
+  const sizes = maps.flatMap((map) => map.z.flat()).filter(Number.isFinite)
+    .map(Math.abs).sort((a, b) => a - b);
+  const most = sizes[Math.floor(0.99 * (sizes.length - 1))] || 0;
+  const end = Math.min(12, Math.max(2, 2 * Math.ceil(most / 2)));
+  return heatmaps(maps, {scale: DIVERGING, zmin: -end, zmax: end, columns: 2,
     unit: "log<sub>2</sub> growth",
-    ticks: {tickvals: [-4, -2, 0, 1, 2, 4],
-      ticktext: ["≤ −4", "−2", "0", "1", "2", "≥ 4"]}});
+    ticks: {tickvals: [-end, -end / 2, 0, end / 2, end],
+      ticktext: [`≤ −${end}`, `−${end / 2}`, "0", `${end / 2}`, `≥ ${end}`]}});
 }
 
 function attentionFigures(run) {
@@ -282,9 +318,8 @@ function attentionFigures(run) {
 }
 
 function normsFigure(run) {
-  const names = {gradient_norm: "gradient norm", update_norm: "update norm",
-    max_logit: "largest attention logit"};
-  const drawn = Object.keys(names).filter((name) => run.curves[name]);
+  const drawn = Object.keys(CURVES).filter(
+    (name) => name !== "loss" && run.curves[name]);
   if (!drawn.length) return null;
   const columns = narrow() ? 1 : drawn.length;
   const grid = panels(drawn.length, columns, {gap: 0.08, rowGap: 0.12});
@@ -296,11 +331,11 @@ function normsFigure(run) {
     layout[`xaxis${panel.suffix}`] = axis(
       i >= drawn.length - columns ? "step" : "",
       {domain: panel.x, anchor: `y${panel.suffix}`});
-    layout[`yaxis${panel.suffix}`] = axis("", {type: "log", domain: panel.y,
-      anchor: `x${panel.suffix}`, exponentformat: "power"});
-    layout.annotations.push(panelTitle(panel, names[name]));
-    const {x, y} = run.curves[name];
-    return {x: unpack(x), y: unpack(y), type: "scatter", mode: "lines",
+    const x = unpack(run.curves[name].x), y = unpack(run.curves[name].y);
+    layout[`yaxis${panel.suffix}`] = axis("", {domain: panel.y,
+      anchor: `x${panel.suffix}`, ...logTicks(Array.from(y))});
+    layout.annotations.push(panelTitle(panel, CURVES[name]));
+    return {x, y, type: "scatter", mode: "lines",
       xaxis: `x${panel.suffix}`, yaxis: `y${panel.suffix}`,
       line: {color: variantColour(run.label), width: 1.1},
       hovertemplate: "step %{x}: %{y:.4~g}<extra></extra>"};

@@ -1,12 +1,12 @@
 // The page: filters, tables, and when which figure is drawn.
 
-const longest = (values) => values.reduce((a, b) => a.length > b.length ? a : b);
 const state = {
   hidden: {label: new Set(), rate: new Set(), seed: new Set(),
     ending: new Set()},
   picked: new Set(), run: null, reference: "first", others: false,
   layout: "auto", curve: "loss", trend: RUNS.length > 4, log: false,
-  marks: RUNS.length <= 12, colour: DATA.labels.length > 1 ? "variant" : "rate",
+  marks: true, panels: DATA.labels.length > 1,
+  colour: DATA.rates.length > 1 ? "rate" : "variant",
   sort: "place", down: false,
 };
 
@@ -26,9 +26,10 @@ const figures = [];
 const CONFIG = {responsive: true, displaylogo: false,
   modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"]};
 
-function figure(id, title, draw, onClick) {
+function figure(id, draw, onClick) {
   const box = document.getElementById(`figure-${id}`);
-  const entry = {id, title, draw, box, stale: true, near: false, onClick};
+  const entry = {id, draw, box, stale: true, near: false, onClick,
+    task: Promise.resolve()};
   figures.push(entry);
   new IntersectionObserver((seen) => {
     entry.near = seen[seen.length - 1].isIntersecting;
@@ -36,7 +37,14 @@ function figure(id, title, draw, onClick) {
   }, {rootMargin: "300px"}).observe(box);
 }
 
-async function refresh(entry) {
+// One drawing after the other: the last is of the newest state.
+function refresh(entry) {
+  const drawn = entry.task.then(() => redraw(entry));
+  entry.task = drawn.catch(() => {});
+  return drawn;
+}
+
+async function redraw(entry) {
   if (!entry.stale) return;
   entry.stale = false;
   const found = [entry.draw()].flat().filter(Boolean);
@@ -171,6 +179,11 @@ function table(columns, rows, {row = () => ({}), head = null} = {}) {
 
 function stabilityTable() {
   const {rows, rates, notes} = DATA.stability;
+  const bounded = (e) => e && known(e.low) && known(e.high);
+  const spread = (e) => !e ? "–" : show(e.mean) + (bounded(e) ?
+    ` ± ${show((e.high - e.low) / 2, 2)}` : "");
+  const interval = (e) => !e ? "–" : show(e.mean) + (bounded(e) ?
+    ` [${show(e.low, 3)}, ${show(e.high, 3)}]` : "");
   const anyPaper = rows.some((row) => row.paper);
   const number = (name, value, title, group = false) => ({name, title, value,
     class: group ? "group" : null});
@@ -182,24 +195,27 @@ function stabilityTable() {
       mark: (row) => row.cells[i] && [row.cells[i].k === row.cells[i].n ? "all"
         : row.cells[i].k ? "some" : "none"]})),
     number("last stable", (row) => showRate(row.last_stable) +
-      (row.monotone === false ? " *" : ""),
+      (row.monotone ? "" : " *"),
     "the last learning rate at which all seeds were stable", true),
     number("first unstable", (row) => showRate(row.first_unstable),
       "the first learning rate at which a seed was not"),
-    number("LR sensitivity", (row) => show(row.sensitivity, 3),
-      "mean over learning rates of min(loss, l_0) - least loss (Wortsman)"),
-    number("best loss", (row) => show(row.best), "mean of the seeds", true),
+    ...(anyPaper ? [number("paper: diverges at",
+      (row) => row.paper ? row.paper.diverges_at : "–",
+      "the least of the paper's six learning rates that diverges")] : []),
+    number("sensitivity", (row) => show(row.sensitivity, 3), "LR sensitivity: " +
+      "mean over learning rates of min(loss, l_0) - least loss (Wortsman)",
+    true),
+    number("best loss", (row) => spread(row.loss),
+      "mean, half the interval of 95 %"),
     number("at rate", (row) => showRate(row.best_rate), "where it was reached"),
-    number("perplexity", (row) => show(known(row.best) ? Math.exp(row.best)
-      : null), "of the best loss"),
-    ...(anyPaper ? [
-      number("diverges at", (row) => row.paper ? row.paper.diverges : "–",
-        "the paper's least learning rate with divergence", true),
-      number("perplexity", (row) => row.paper ? show(row.paper.perplexity)
-        : "–", "the paper's, 830M parameters, learning rate 3e-4")] : []),
+    number("perplexity", (row) => interval(row.perplexity),
+      "of the best loss"),
+    ...(anyPaper ? [number("paper: perplexity",
+      (row) => row.paper ? show(row.paper.perplexity) : "–",
+      "830M parameters, learning rate 3e-4")] : []),
   ];
   const spans = [["", 1], ["stable seeds at learning rate", rates.length],
-    ["interval", 3], ["here", 3], ...(anyPaper ? [["the paper's", 2]] : [])];
+    ["boundary", anyPaper ? 3 : 2], ["loss", anyPaper ? 5 : 4]];
   const head = [make("tr", {}, ...spans.filter(([, n]) => n).map(
     ([text, n], i) => make("th", {colspan: n, scope: "colgroup",
       class: i > 1 ? "text group" : "text"}, text)))];
@@ -322,14 +338,14 @@ function choose(id, scroll = false) {
 function oneRun() {
   const run = theRun();
   if (!run) return;
-  if (!run.growth[state.reference]) state.reference = "first";
+  if (!run.growths[state.reference]) state.reference = "first";
   const references = [["first", "its first table"]];
-  if (run.growth.tenth) {
+  if (run.growths.tenth) {
     references.unshift(["tenth", `the same seed at ${
-      showRate(run.growth.tenth.rate)}, a tenth of the rate`]);
+      showRate(run.growths.tenth.rate)}, a tenth of the rate`]);
   }
-  const others = run.growth.first && "Other" in run.growth.first.kinds &&
-    Object.keys(run.growth.first.kinds).length > 1;
+  const others = run.growths.first && "Other" in run.growths.first.kinds &&
+    Object.keys(run.growths.first.kinds).length > 1;
   put("run-controls",
     choice("run", RUNS.map((r) => [r.id, `${short(nameOf(r), 60)} (${
       r.ending})`]), run.id, (id) => choose(Number(id))),
@@ -341,25 +357,23 @@ function oneRun() {
     others ? tick("other layers", state.others, (value) => {
       state.others = value;
       renew("growth");
-    }) : "",
-    ...["growth", "attention", "norms", "updates"].map((id) =>
-      button(`${id} PNG`, () => savePng(id))));
+    }) : "");
   const facts = [["ending", run.ending], ["verdict", run.verdict],
     ["most severe", run.worst], ["status", run.status],
     ["validation loss", show(run.loss)], ["perplexity", show(run.perplexity)],
     ["l₀", show(run.initial)], ["unigram entropy", show(run.unigram)],
     ["steps", `${whole(run.steps_done)} of ${whole(run.steps)}`],
     ["max logit", show(run.max_logit)], ["min entropy", show(run.entropy)],
-    ["growth", `${show(run.growth_largest ?? run.growth_value, 3)} times`],
+    ["growth", `${show(run.growth, 3)} times`],
     ["events", whole(run.events_total)], ["parameters", whole(run.parameters)],
-    ["started", run.started]];
+    ["started", run.started.slice(0, 16).replace("T", " ")]];
   put("run-facts", make("p", {}, make("strong", {}, short(nameOf(run), 90)),
     " ", pill(run.ending), make("br"), make("code", {}, run.path)),
   make("div", {class: "facts"}, ...facts.map(([name, value]) =>
     make("div", {}, make("span", {}, name), make("span", {}, value)))),
   run.command === "-" ? "" : make("pre", {}, run.command),
   run.failure ? make("pre", {}, run.failure) : "");
-  const reference = run.growth[state.reference];
+  const reference = run.growths[state.reference];
   put("growth-lead", reference && state.reference === "tenth" ?
     "Of the l2 norm of each layer's outputs, against the run of the same " +
     `seed at learning rate ${showRate(reference.rate)}, step by step. ` +
@@ -429,6 +443,8 @@ function begin() {
     ["max_logit", "largest logit"]], state.curve, again("curve", "curves")),
   choice("colour", [["variant", "variant"], ["rate", "learning rate"],
     ["ending", "ending"]], state.colour, again("colour", "curves")),
+  DATA.labels.length > 1 ? tick("panel per variant", state.panels,
+    again("panels", "curves")) : "",
   tick("running median", state.trend, again("trend", "curves")),
   tick("events and verdicts", state.marks, again("marks", "curves")),
   tick("logarithmic", state.log, again("log", "curves")),
@@ -437,6 +453,8 @@ function begin() {
     state.picked.clear();
     renewAll();
   }));
+  document.querySelectorAll("[data-png]").forEach((heading) =>
+    heading.append(button("PNG", () => savePng(heading.dataset.png))));
   filters();
   stabilityTable();
   problems();
@@ -445,17 +463,17 @@ function begin() {
     const id = [point.customdata, point.data.customdata].flat().find(known);
     if (known(id)) choose(id, true);
   };
-  figure("rates", "", () => ratesFigure(shownRuns(), state), click);
-  figure("curves", "", () => curvesFigure(comparedRuns(), state), click);
-  figure("growth", "", () => theRun() && growthFigure(theRun(), state));
-  figure("attention", "", () => theRun() && attentionFigures(theRun()));
-  figure("norms", "", () => theRun() && normsFigure(theRun()));
-  figure("updates", "", () => theRun() && updatesFigure(theRun()));
+  figure("rates", () => ratesFigure(shownRuns(), state), click);
+  figure("curves", () => curvesFigure(comparedRuns(), state), click);
+  figure("growth", () => theRun() && growthFigure(theRun(), state));
+  figure("attention", () => theRun() && attentionFigures(theRun()));
+  figure("norms", () => theRun() && normsFigure(theRun()));
+  figure("updates", () => theRun() && updatesFigure(theRun()));
   // The run that says most: lost, with tables.
-  const rich = RUNS.filter((run) => run.growth.first);
+  const rich = RUNS.filter((run) => run.growths.first);
   const first = rich.find((run) => lost(run)) || rich[0] || RUNS[0];
   state.run = first.id;
-  if (first.growth.tenth) state.reference = "tenth";
+  if (first.growths.tenth) state.reference = "tenth";
   renewAll();
   oneRun();
   let width = narrow();

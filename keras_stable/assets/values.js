@@ -13,7 +13,7 @@ const SYMBOLS = ["circle", "square", "diamond", "triangle-up",
   "triangle-down", "pentagon", "hexagon", "star", "hexagram", "bowtie"];
 const ENDING_COLOURS = {converged: "#0a6640", spiked: "#7a5b00",
   degraded: "#9a4200", diverged: "#a61b29", nonfinite: "#6f1d86",
-  failed: "#444b54", unreadable: "#444b54", running: "#0b5cad"};
+  failed: "#444b54", unreadable: "#444b54", unfinished: "#0b5cad"};
 const VIRIDIS = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187",
   "#4ac16d", "#a0da39"];
 // White is no change; blue and orange are told apart by all.
@@ -76,6 +76,12 @@ const short = (text, most = 40) =>
 // Plotly reads a little HTML in texts: labels are not to be read so.
 const plain = (text) => short(String(text), 60).replace(/&/g, "&amp;")
   .replace(/</g, "&lt;").replace(/>/g, "&gt;");
+
+// The end of a layer's name says most.
+function layerName(name, most) {
+  const text = name.replace(/\/(kernel|embeddings)$/, "");
+  return text.length > most ? "…" + text.slice(1 - most) : text;
+}
 
 const nameOf = (run) => `${run.label}, ${showRate(run.rate)}` +
   (known(run.seed) ? `, seed ${run.seed}` : "");
