@@ -235,9 +235,9 @@ def _scalars(digest, health, points):
 def _events(digest, health, _):
     digest.events_total = len(health.events)
     for event in health.events[:EVENTS]:
-        places = (event.step, event.onset, event.value)
-        texts = (event.detector, event.series, event.detail)
-        digest.events.append([*map(number, places), *map(text, texts)])
+        row = [number(event.step), number(event.onset)]
+        row += [text(event.detector), text(event.series)]
+        digest.events.append([*row, number(event.value), text(event.detail)])
     for row in health.verdicts[:EVENTS]:
         step, verdict = number(row.get("step")), text(row.get("verdict"))
         digest.verdicts.append([step, verdict])

@@ -100,9 +100,9 @@ def _notes(rows, variants):
             )
     if any(row["loss"] for row in rows):
         notes.append(
-            "Best loss: at the rate where the mean over seeds is least. In "
-            "brackets the interval of 95 %, Student's t, over seeds; of a "
-            "single seed, over batches of the validation text."
+            "Best loss: at the rate where the mean over seeds is least. Its "
+            "interval is that of 95 %, Student's t, over seeds; of a single "
+            "seed, over batches of the validation text."
         )
     if any(row["paper"] for row in rows):
         doubts = {}
@@ -116,5 +116,6 @@ def _notes(rows, variants):
             "at 3e-4, +-0.1, only of methods that survived 40e-3. Its numbers "
             "stand here as others quote them."
         )
-        notes += [f"{', '.join(who)}: {what}" for what, who in doubts.items()]
+        for doubt, who in doubts.items():
+            notes.append(f"{', '.join(who)}: {doubt.replace('`', '')}")
     return notes

@@ -64,7 +64,10 @@ def test_the_page_holds_what_the_runs_did(sweep, tmp_path):
         losses = ks.read_health(run["path"]).series("loss")[1]
         shown = unpack(run["curves"]["loss"]["y"])
         np.testing.assert_allclose(shown, losses, rtol=1e-6)
-        assert bool(run["events"]) == (outcome.ending == "diverged")
+        lost = outcome.ending == "diverged"
+        event = [40, 35, "spike", "loss", 5.0, "loss is high"]
+        assert run["events"] == [event] * lost
+        assert run["verdicts"] == [[40, "DIVERGED"]] * lost
 
 
 def test_growth_is_that_of_the_lab(sweep):

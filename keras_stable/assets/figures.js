@@ -65,10 +65,11 @@ function ratesFigure(runs, state) {
     (state.layout === "auto" && labels.length > 4);
   const columns = apart ? (narrow() ? 1 : Math.min(3, labels.length)) : 1;
   const count = apart ? labels.length : 1;
-  const grid = panels(count, columns, {rowGap: narrow() ? 0.05 : 0.09});
   const rows = Math.ceil(count / columns);
+  const tall = rows * 230;
+  const grid = panels(count, columns, {gap: 0.06, rowGap: 52 / tall});
   const layout = layoutOf({
-    height: apart ? 90 + rows * (narrow() ? 230 : 240) : 440,
+    height: apart ? tall + 90 : 440,
     showlegend: !apart && labels.length > 1, annotations: [],
   });
   const heights = ended.map(height);
@@ -76,13 +77,21 @@ function ratesFigure(runs, state) {
   const margin = Math.max(0.05 * (high - low), 0.02);
   const rates = [...new Set(ended.map((r) => r.rate))].sort((a, b) => a - b);
   const exponents = rates.map(Math.log10);
+  // Of rates too near for their names, one in two is named.
+  const near = (exponents[exponents.length - 1] - exponents[0] + 0.24) /
+    (apart ? 8 : narrow() ? 7 : 20);
+  let named = -Infinity;
+  const ticktext = rates.map((rate, i) => {
+    if (exponents[i] - named < near) return "";
+    named = exponents[i];
+    return showRate(rate);
+  });
   grid.forEach((panel, i) => {
     const last = i >= count - columns;
     layout[`xaxis${panel.suffix}`] = axis(last ? "learning rate" : "", {
       type: "log", domain: panel.x, anchor: `y${panel.suffix}`,
       range: [exponents[0] - 0.12, exponents[exponents.length - 1] + 0.12],
-      tickvals: rates.length <= 8 ? rates : undefined, tickangle: 0,
-      ticktext: rates.length <= 8 ? rates.map((r) => showRate(r)) : undefined,
+      tickvals: rates, ticktext, tickangle: 0,
       tickfont: {size: apart ? 10 : 12}});
     layout[`yaxis${panel.suffix}`] = axis(
       i % columns ? "" : "validation loss",
