@@ -113,14 +113,16 @@ class Bisection:
     On a grid of equal ratios, at most `ratio`:
 
     1. Rates about `coarse` apart from `low` to `high`, with the first seed.
-    2. The middle of the unknown rates between the last stable and the first
-       unstable one, with the first seed, until there is none.
+    2. With a seed that was lost at the first unstable rate, the middle of the
+       rates between that and the highest below at which this seed was stable;
+       if there is none yet, the rates 1, 2, 4, ... cells below. Until the two
+       are neighbours.
     3. All seeds at both ends. If one is lost at the lower end, that is the
-       first unstable rate now, and 2. goes on below it.
+       first unstable rate now, and 2. goes on below it with this seed.
 
     With all rates stable, or none, step 3 is made at the highest, or lowest.
     Rates off the grid that are known, as of a ladder before, are made use of.
-    A run that failed says nothing of its rate: the next seed is tried, and if
+    A run that failed says nothing of its rate: another seed is tried, and if
     none gives a result the rate is passed over.
 
     Args:
@@ -174,7 +176,7 @@ class Bisection:
             rate_of(self.low * math.exp(step * i)) for i in range(cells + 1)
         )
 
-    def _coarse(self, seen):
+    def _coarse(self, interval):
         """Rates about `coarse` apart, but for those with one seen nearby."""
         cells = len(self.rates) - 1
         span = math.log(self.high / self.low)
@@ -182,7 +184,7 @@ class Bisection:
         ends = (0, cells)
         for i in sorted({round(cells * k / parts) for k in range(parts + 1)}):
             rate = self.rates[i]
-            gaps = (abs(math.log(rate / other)) for other in seen)
+            gaps = (abs(math.log(rate / other)) for other in interval.counts)
             if i in ends or min(gaps, default=span) > math.log(self.coarse) / 2:
                 yield rate
 
@@ -193,26 +195,45 @@ class Bisection:
             outcomes: `Outcome`s of one arm.
         """
         known = by_run(outcomes)
-
-        def first(rate):
-            # With the first seed that did not fail.
-            for seed in self.seeds:
-                outcome = known.get((rate, seed))
-                if outcome is None:
-                    return [(rate, seed)]
-                if outcome.ending != "failed":
-                    break
-            return []
-
         interval = stability_interval(known.values())
-        runs = [first(rate) for rate in self._coarse(interval.counts)]
-        if any(runs):
-            return [run for some in runs for run in some]
-        between = [
-            rate
-            for rate in self.rates
-            if interval.low < rate < interval.high and first(rate)
-        ]
+
+        def told(rate, seeds):
+            """The first run that did not fail, and whether it is known."""
+            for seed in seeds:
+                outcome = known.get((rate, seed))
+                if outcome is None or outcome.ending != "failed":
+                    return (rate, seed), outcome is not None
+            return None, False
+
+        coarse = [told(rate, self.seeds) for rate in self._coarse(interval)]
+        if runs := [run for run, is_known in coarse if run and not is_known]:
+            return runs
+        seeds, step = self.seeds, 1
+        if interval.first_unstable:
+            lost = [
+                (rate, seed)
+                for (rate, seed), outcome in known.items()
+                if outcome.ending != "failed" and not outcome.stable
+            ]
+            own = {seed for rate, seed in lost if rate == interval.high}
+            worst = min(own, key=lambda seed: (seed not in seeds, seed))
+            seeds = (worst, *(seed for seed in seeds if seed != worst))
+            # Steps down double while this seed is lost at each.
+            above = [r for r, s in lost if s == worst and r > interval.high]
+            if above:
+                step = 2 * sum(
+                    interval.high < rate <= min(above) for rate in self.rates
+                )
+        below = sorted({rate for rate, _ in known} | {*self.rates})
+        below = [rate for rate in below if rate < interval.high]
+        between = []
+        for rate in reversed(below):
+            run, is_known = told(rate, seeds)
+            if is_known:
+                step = len(between) // 2 + 1
+                break
+            if run and rate in self.rates:
+                between.append(run)
         if between:
-            return first(between[len(between) // 2])
+            return [between[min(max(step, 1), len(between)) - 1]]
         return _at_ends(known.values(), self.seeds)

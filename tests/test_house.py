@@ -25,24 +25,27 @@ FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "json_files", "entropy", "byte_level"},
-        "hlo",
+        *{"hlo", "intervals"},
     },
     {
         *{"variant", "presets", "losses", "embeddings", "positions"},
-        *{"tensor_files", "costs"},
+        *{"tensor_files", "costs", "stability"},
     },
-    {"variants", "schedules", "hub", "distribution", "config_keys"},
+    {
+        *{"variants", "schedules", "hub", "distribution", "config_keys"},
+        *{"lr_search", "sampling"},
+    },
     {
         *{"logits", "records", "layerwise", "budget"},
-        *{"layer_kinds", "corpora"},
+        *{"layer_kinds", "corpora", "published"},
     },
     {"telemetry", "family", "tokenizers", "health"},
     {
         *{"detectors", "updates", "taps", "optimizers", "data", "linear"},
-        *{"families", "subwords", "token_cache"},
+        *{"families", "subwords", "token_cache", "growth"},
     },
     {"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
-    {"attention", "training_state", "reported", "memory"},
+    {"attention", "training_state", "reported", "memory", "outcomes"},
     {"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
     {"backbone", "selftest", "planning"},
     {"checkpoints", "generation", "preprocessing"},
