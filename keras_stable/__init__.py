@@ -120,6 +120,10 @@ from keras_stable.growth import OutputGrowth as OutputGrowth
 from keras_stable.growth import output_growth as output_growth
 from keras_stable.growth import output_norms as output_norms
 from keras_stable.growth import reference_of as reference_of
+from keras_stable.experiments import EXPERIMENTS as EXPERIMENTS
+from keras_stable.arms import SETUPS as SETUPS
+from keras_stable.arms import Arm as Arm
+from keras_stable.arms import Experiment as Experiment
 from keras_stable.published import PUBLISHED as PUBLISHED
 from keras_stable.published import Published as Published
 

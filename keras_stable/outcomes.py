@@ -26,8 +26,8 @@ from keras_stable.stability import Outcome
 # Flags in which runs of an arm may differ.
 FREE = (
     "learning_rate seed out label resume backend cache policy prompt save "
-    "every distribution tensor_parallel multi_host checkpoint_every keep_last "
-    "keep_every"
+    "every inputs distribution tensor_parallel multi_host checkpoint_every "
+    "keep_last keep_every"
 ).split()
 # What makes arms hard to compare, unless that is the question.
 SHARED = "steps batch_size sequence_length data tokenizer".split()
@@ -372,4 +372,3 @@ def _mixtures(records):
                 for value, labels in values.items()
             )
             yield f"The arms differ in {name.replace('_', ' ')}: {each}."
-

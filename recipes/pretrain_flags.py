@@ -236,6 +236,11 @@ def build(description, ks):
         help="steps between tables of all layers; auto: as many as cost 2 %% "
         "of the time; none: watch the loss alone (auto)",
     )
+    add(
+        "--inputs",
+        action="store_true",
+        help="tables hold the inputs of layers beside their outputs",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--out", help="run directory, new (runs/VARIANT-TIME)")
     add("--prompt", help="the sample's beginning")

@@ -37,9 +37,9 @@ FLOORS = [
     },
     {
         *{"logits", "records", "layerwise", "budget"},
-        *{"layer_kinds", "corpora", "published"},
+        *{"layer_kinds", "corpora", "published", "arms"},
     },
-    {"telemetry", "family", "tokenizers", "health"},
+    {"telemetry", "family", "tokenizers", "health", "experiments"},
     {
         *{"detectors", "updates", "taps", "optimizers", "data", "linear"},
         *{"families", "subwords", "token_cache", "growth"},
