@@ -25,7 +25,7 @@ FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "json_files", "entropy", "byte_level"},
-        *{"hlo", "intervals"},
+        *{"hlo", "intervals", "processes"},
     },
     {
         *{"variant", "presets", "losses", "embeddings", "positions"},
@@ -46,9 +46,12 @@ FLOORS = [
     },
     {"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
     {"attention", "training_state", "reported", "memory", "outcomes"},
-    {"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
-    {"backbone", "selftest", "planning"},
-    {"checkpoints", "generation", "preprocessing"},
+    {
+        *{"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
+        *{"workers", "sweeps"},
+    },
+    {"backbone", "selftest", "planning", "sweep_tables"},
+    {"checkpoints", "generation", "preprocessing", "supervisor"},
     {"models", "monitor"},
     {"__init__"},
 ]
