@@ -17,9 +17,11 @@ from keras_stable.digests import SCALARS
 from keras_stable.digests import find_runs
 from keras_stable.digests import number
 from keras_stable.digests import read_digest
+from keras_stable.digests import text
 from keras_stable.growth import reference_of
 from keras_stable.outcomes import read_outcomes
 from keras_stable.page import render
+from keras_stable.records import read_json
 from keras_stable.screenshots import save_figures
 from keras_stable.stability import ENDINGS
 from keras_stable.standings import in_order
@@ -85,10 +87,10 @@ def write_report(paths, file=None, format="html", csv=None, png=None):
     if csv is not None:
         write_csv(digests, data, csv)
     if format == "markdown":
-        text = to_markdown(data)
+        tables = to_markdown(data)
         if file is not None:
-            Path(file).write_text(text, "utf-8")
-        return text
+            Path(file).write_text(tables, "utf-8")
+        return tables
     file = Path(file or Path(paths[0]) / "report.html")
     file.write_text(render(data, data["title"]), "utf-8", newline="\n")
     if png is not None:
@@ -143,6 +145,7 @@ def page_data(digests, paths):
         "title": f"Stability report: {named}",
         "made": f"{len(runs)} runs, read {now:%Y-%m-%d %H:%M} UTC from "
         + ", ".join(map(str, paths)),
+        "questions": list(filter(None, map(_question, paths))),
         "limits": _limits(len(runs)),
         "runs": runs,
         "endings": ENDINGS,
@@ -153,6 +156,17 @@ def page_data(digests, paths):
         "stability": _stability(outcomes, variants, notes),
         "config": compare_configs(digests),
     }
+
+
+def _question(path):
+    """What a sweep was made to find out, None if it does not say."""
+    try:
+        declared = read_json(Path(path) / "sweep.json")
+    except (OSError, *json_files.WRONG):
+        return None
+    names = ("experiment", "question")
+    known = [text(declared[name]) for name in names if declared.get(name)]
+    return ": ".join(known) or None
 
 
 def _outcomes(digests):
@@ -224,9 +238,9 @@ def csv_cell(value):
         return ""
     if isinstance(value, (int, float)):
         return value
-    text = str(value)
-    formula = text.lstrip()[:1] in tuple("=+-@|%") and text.strip()
-    return f"'{text}" if formula or text[:1] in "\t\r\n" and text else text
+    cell = str(value)
+    # Spreadsheets pass over blanks before a formula, a tab among them.
+    return f"'{cell}" if cell.lstrip()[:1] in set("=+-@|%") else cell
 
 
 def write_csv(digests, data, folder):
@@ -283,6 +297,7 @@ def to_markdown(data):
     parts = [
         f"# {_plain(data['title'])}",
         _plain(data["made"]),
+        "\n\n".join(map(_plain, data["questions"])),
         "## Stability\n\nStable runs of all seeds at each learning rate.",
         _markdown_table(head, rows),
         "\n\n".join(map(_plain, table["notes"])),
@@ -306,12 +321,12 @@ def _interval(estimate):
     return f"{estimate['mean']:.4g}{interval}"
 
 
-def _plain(text):
+def _plain(value):
     # Markdown passes HTML through, and a bar ends a cell.
-    text = str(text).replace("&", "&amp;").replace("<", "&lt;")
+    plain = str(value).replace("&", "&amp;").replace("<", "&lt;")
     for character in "\\|`[]*_":
-        text = text.replace(character, f"\\{character}")
-    return text
+        plain = plain.replace(character, f"\\{character}")
+    return plain
 
 
 def _markdown_table(head, rows):

@@ -25,7 +25,8 @@ FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "json_files", "entropy", "byte_level"},
-        *{"hlo", "intervals", "curves", "page", "screenshots"},
+        *{"hlo", "intervals", "processes"},
+        *{"curves", "page", "screenshots"},
     },
     {
         *{"variant", "presets", "losses", "embeddings", "positions"},
@@ -51,10 +52,10 @@ FLOORS = [
     {"attention", "training_state", "reported", "memory", "outcomes"},
     {
         *{"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
-        "standings",
+        *{"workers", "sweeps", "standings"},
     },
-    {"backbone", "selftest", "planning", "report"},
-    {"checkpoints", "generation", "preprocessing"},
+    {"backbone", "selftest", "planning", "sweep_tables", "report"},
+    {"checkpoints", "generation", "preprocessing", "supervisor"},
     {"models", "monitor"},
     {"__init__"},
 ]

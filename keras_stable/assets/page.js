@@ -427,6 +427,7 @@ function renewAll() {
 function begin() {
   document.getElementById("title").textContent = DATA.title;
   put("made", DATA.made);
+  put("questions", ...DATA.questions.map((text) => make("p", {}, text)));
   put("limits", ...DATA.limits.map((text) => make("p", {}, text)));
   put("endings", ...DATA.present.map((ending) => make("li", {}, pill(ending,
     `${RUNS.filter((run) => run.ending === ending).length} ${ending}`))));

@@ -111,7 +111,7 @@ function csvCell(value) {
   if (value === null || value === undefined) return "";
   if (typeof value === "number") return String(value);
   let text = String(value);
-  if (/^[\s]*[=+\-@\t\r|%]/.test(text)) text = `'${text}`;
+  if (/^\s*[=+\-@|%]/.test(text)) text = `'${text}`;
   return /[",\n\r]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
 }
 
