@@ -272,7 +272,7 @@ function runsTable() {
     value: (run) => {
       const value = run[column.key];
       if (column.key === "ending") return pill(value);
-      if (column.text) return String(value);
+      if (column.text) return value || "–";
       return (column.show || show)(value);
     }}));
   const pick = {name: "", head: "", class: "text", value: (run) => {
@@ -370,8 +370,8 @@ function oneRun() {
   put("run-facts", make("p", {}, make("strong", {}, short(nameOf(run), 90)),
     " ", pill(run.ending), make("br"), make("code", {}, run.path)),
   make("div", {class: "facts"}, ...facts.map(([name, value]) =>
-    make("div", {}, make("span", {}, name), make("span", {}, value)))),
-  run.command === "-" ? "" : make("pre", {}, run.command),
+    make("div", {}, make("span", {}, name), make("span", {}, value || "–")))),
+  run.command ? make("pre", {}, run.command) : "",
   run.failure ? make("pre", {}, run.failure) : "");
   const reference = run.growths[state.reference];
   put("growth-lead", reference && state.reference === "tenth" ?
