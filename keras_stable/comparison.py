@@ -51,7 +51,7 @@ def growth(digest, reference=None):
 
 
 def growths(digest, tenth=None):
-    """What the page shows of growth, and the largest in the last table.
+    """What the page shows of growth, and the largest against the tenth.
 
     Args:
         digest: `Digest`.
@@ -59,7 +59,8 @@ def growths(digest, tenth=None):
 
     Returns:
         `(shown, largest)`: dictionary for the page with `"first"` and
-        `"tenth"`; number of times, against the tenth if it is there, or None.
+        `"tenth"`; and how many times the norm of the tenth the largest is in
+        the last table, None without.
     """
     shown, largest = {}, None
     references = {"first": None} | ({"tenth": tenth} if tenth else {})
@@ -76,7 +77,7 @@ def growths(digest, tenth=None):
             shown[name]["rate"] = reference.facts["rate"]
         last = [v[:, -1] for kind, (_, v) in found.items() if kind != "Other"]
         last = np.concatenate(last) if last else np.array([np.nan])
-        if np.isfinite(last).any():
+        if reference is not None and np.isfinite(last).any():
             largest = float(2 ** np.nanmax(last))
     return shown, largest
 

@@ -106,6 +106,12 @@ def number(value):
     return value if math.isfinite(value) else None
 
 
+def whole(value):
+    """An int, or None."""
+    value = number(value)
+    return None if value is None or value % 1 else int(value)
+
+
 def text(value):
     """Any value as a string of at most `TEXT` characters, on one line."""
     value = " ".join(str(value).split())
@@ -183,15 +189,15 @@ def _identify(digest, record, failure):
         "label": text(label),
         "variant": text(variant or ""),
         "rate": number(config.get("learning_rate")),
-        "seed": number(config.get("seed")),
+        "seed": whole(config.get("seed")),
         "status": text(status),
         "verdict": text(record.get("verdict") or ""),
         "worst": text(record.get("worst_verdict") or ""),
         **{key: number(value) for key, value in known.items()},
         "unigram": number(corpus.get("unigram_entropy")),
-        "steps": number(config.get("steps")),
-        "steps_done": number(record.get("steps_done")),
-        "parameters": number(record.get("parameters")),
+        "steps": whole(config.get("steps")),
+        "steps_done": whole(record.get("steps_done")),
+        "parameters": whole(record.get("parameters")),
         "command": text(record.get("command") or ""),
         "started": text(record.get("started") or ""),
         "failure": text(failure.get("tail") or failure) if failure else None,
@@ -225,7 +231,7 @@ def _scalars(digest, health, points):
     facts["window"] = window
     facts["initial"] = number(losses[0])
     facts["last"] = number(y[-1])
-    facts["steps_done"] = facts["steps_done"] or number(steps[-1])
+    facts["steps_done"] = facts["steps_done"] or whole(steps[-1])
     if "max_logit" in digest.series:
         logits = digest.series["max_logit"][1]
         logits = logits[np.isfinite(logits)]

@@ -133,11 +133,23 @@ def click_through(page):
 
 
 def fits(page):
-    """No wider than the window, no plot wider than its place."""
+    """Nothing is wider than the window, no title lies on a heat map."""
     return page.evaluate(
-        "document.documentElement.scrollWidth <= innerWidth && "
-        "[...document.querySelectorAll('.plot .main-svg')].every("
-        "svg => svg.getBoundingClientRect().right <= innerWidth + 1)"
+        """() => {
+          const boxes = (element, what) =>
+            [...element.querySelectorAll(what)].map(
+              (found) => found.getBoundingClientRect());
+          const apart = (a, b) => a.right <= b.left || b.right <= a.left ||
+            a.bottom <= b.top || b.bottom <= a.top;
+          return document.documentElement.scrollWidth <= innerWidth &&
+            boxes(document, ".plot .main-svg").every(
+              (box) => box.right <= innerWidth + 1) &&
+            [...document.querySelectorAll(".plot")].every((plot) => {
+              const maps = boxes(plot, ".heatmaplayer image");
+              return boxes(plot, ".infolayer text").every(
+                (text) => maps.every((map) => apart(text, map)));
+            });
+        }"""
     )
 
 

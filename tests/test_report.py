@@ -159,7 +159,7 @@ def test_csv_has_every_step(sweep, tmp_path):
     np.testing.assert_allclose(found, health.series("loss")[1], rtol=1e-5)
     with open(tmp_path / "outcomes.csv", newline="") as file:
         outcomes = list(csv.DictReader(file))
-    assert len(outcomes) == 16
+    assert len(outcomes) == 16 and outcomes[1]["seed"] == "1"
     assert {o["ending"] for o in outcomes} == {"converged", "diverged"}
 
 

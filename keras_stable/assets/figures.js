@@ -247,10 +247,10 @@ function heatmaps(maps, {scale, zmin, zmax, zmid, ticks, columns, unit}) {
     margin: {l: 70, r: 12, t: 34, b: 44},
     coloraxis: {colorscale: scale, cmin: zmin, cmax: zmax, cmid: zmid,
       colorbar: {thickness: 12, len: 1, outlinewidth: 0, ticklen: 3,
-        title: {text: unit, side: narrow() ? "top" : "right"},
+        // Above a bar it would push the axes' titles into the figure.
+        title: {text: narrow() ? "" : unit, side: "right"},
         ...(narrow() ? {orientation: "h", y: 1.0, yanchor: "bottom",
           ypad: 28} : {}), ...ticks}}});
-  if (narrow()) layout.margin.t = 110;
   const traces = maps.map((map, i) => {
     const panel = grid[i];
     const every = Math.ceil(map.names.length / (one / 15));
@@ -258,7 +258,7 @@ function heatmaps(maps, {scale, zmin, zmax, zmid, ticks, columns, unit}) {
       .filter((j) => j % every === 0);
     layout[`xaxis${panel.suffix}`] = axis(
       i >= maps.length - wide ? "step" : "", {domain: panel.x,
-        anchor: `y${panel.suffix}`, showgrid: false});
+        anchor: `y${panel.suffix}`, showgrid: false, automargin: false});
     layout[`yaxis${panel.suffix}`] = axis("", {domain: panel.y,
       anchor: `x${panel.suffix}`, autorange: "reversed", showgrid: false,
       tickvals, ticktext: tickvals.map((j) => plain(

@@ -236,8 +236,9 @@ const RUN_COLUMNS = [
   {key: "max_logit", name: "max logit", title: "largest attention logit"},
   {key: "entropy", name: "min entropy",
     title: "least normalised entropy of a head in the last table"},
-  {key: "growth", name: "growth", title: "largest growth of an output norm " +
-    "of QKV, Proj, FC1 or FC2 in the last table, times"},
+  {key: "growth", name: "growth", title: "largest output norm of QKV, Proj, " +
+    "FC1 or FC2 in the last table, in those of the same seed at a tenth of " +
+    "the rate"},
   {key: "spikes", name: "spikes / 10k",
     title: "steps 0.1 nat over the median of 201 steps, in 10 000"},
   {key: "events_total", name: "events"},
@@ -364,7 +365,7 @@ function oneRun() {
     ["l₀", show(run.initial)], ["unigram entropy", show(run.unigram)],
     ["steps", `${whole(run.steps_done)} of ${whole(run.steps)}`],
     ["max logit", show(run.max_logit)], ["min entropy", show(run.entropy)],
-    ["growth", `${show(run.growth, 3)} times`],
+    ["growth", known(run.growth) ? `${show(run.growth, 3)} times` : "–"],
     ["events", whole(run.events_total)], ["parameters", whole(run.parameters)],
     ["started", run.started.slice(0, 16).replace("T", " ")]];
   put("run-facts", make("p", {}, make("strong", {}, short(nameOf(run), 90)),
@@ -376,11 +377,11 @@ function oneRun() {
   const reference = run.growths[state.reference];
   put("growth-lead", reference && state.reference === "tenth" ?
     "Of the l2 norm of each layer's outputs, against the run of the same " +
-    `seed at learning rate ${showRate(reference.rate)}, step by step. ` +
-    "The paper's diverging runs are above 1 (twice the norm) in QKV, Proj " +
+    `seed at learning rate ${showRate(reference.rate)}, step by step, in ` +
+    "powers of two. The paper's diverging runs are above 1 (twice the norm) in QKV, Proj " +
     "and FC2." :
     "Of the l2 norm of each layer's outputs, against the first table that " +
-    "was recorded. White is no change, 1 is twice the norm.");
+    "was recorded, in powers of two. White is no change, 1 is twice the norm.");
   put("attention-lead", run.attention ? "Rows are heads, layers from top to " +
     `bottom; measured on ${run.attention.labels.join(", ")}.` : "");
   const columns = [["step", 0], ["since", 1], ["detector", 2], ["series", 3],
