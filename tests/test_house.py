@@ -25,7 +25,8 @@ FLOORS = [
     {
         *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "json_files", "entropy", "byte_level"},
-        *{"hlo", "intervals"},
+        *{"hlo", "intervals", "processes"},
+        *{"curves", "page", "screenshots"},
     },
     {
         *{"variant", "presets", "losses", "embeddings", "positions"},
@@ -42,13 +43,19 @@ FLOORS = [
     {"telemetry", "family", "tokenizers", "health", "experiments"},
     {
         *{"detectors", "updates", "taps", "optimizers", "data", "linear"},
-        *{"families", "subwords", "token_cache", "growth"},
+        *{"families", "subwords", "token_cache", "growth", "digests"},
     },
-    {"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
+    {
+        *{"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
+        "comparison",
+    },
     {"attention", "training_state", "reported", "memory", "outcomes"},
-    {"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
-    {"backbone", "selftest", "planning"},
-    {"checkpoints", "generation", "preprocessing"},
+    {
+        *{"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
+        *{"workers", "sweeps", "standings"},
+    },
+    {"backbone", "selftest", "planning", "sweep_tables", "report"},
+    {"checkpoints", "generation", "preprocessing", "supervisor"},
     {"models", "monitor"},
     {"__init__"},
 ]

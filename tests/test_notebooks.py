@@ -63,7 +63,30 @@ def watch_any_model(printed):
     assert len(health["classifier"].steps) == 4
 
 
+def find_the_edge(printed):
+    for variant in ("baseline", "qk_norm"):
+        found = re.findall(
+            rf"{variant}: stable (.+), LR sens.* ([\d.]+)", printed
+        )
+        # After ten steps a model is no better than counting: all are lost.
+        assert [interval for interval, _ in found] == ["below 0.001 (0/1)"]
+        wanted = rf"{variant}: \d+ wanted next, 0\.00\S+ with seed \d"
+        assert re.search(wanted, printed)
+    assert "edge of qk_norm / edge of baseline: 0 to inf" in printed
+    assert re.search(r"report\.html, \d\.\d MB", printed)
+
+
 NOTEBOOKS = {
+    "find_the_edge": Expected(
+        {
+            # One rate: each run is a process, which takes its time.
+            "1e-3, 3e-3, 1e-2, 3e-2, 1e-1": "1e-3",
+            "--steps 400": "--steps 10 --warmup-steps 2 --num-layers 1 "
+            "--hidden-dim 16 --validation-tokens 2000",
+        },
+        1,
+        find_the_edge,
+    ),
     "quickstart": Expected(
         {"STEPS = 300": "STEPS = 6", "8, 128": "4, 16"}, 1, quickstart
     ),
@@ -88,6 +111,8 @@ def test_every_notebook_is_tested():
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_runs_top_to_bottom(name, monkeypatch, tmp_path):
+    if name == "find_the_edge" and keras.backend.backend() != "jax":
+        pytest.skip("processes of the recipes, which are tested with each")
     monkeypatch.setenv("KERAS_BACKEND", keras.backend.backend())
     monkeypatch.setenv(
         "MPLBACKEND", "module://matplotlib_inline.backend_inline"
