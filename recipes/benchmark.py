@@ -56,6 +56,7 @@ SETTINGS = {
 }
 SWEEPS = {"depth": "num_layers", "width": "hidden_dim"}
 SWEEPS |= {"length": "sequence_length", "vocabulary": "vocabulary"}
+SWEEPS |= {"remat": "remat"}
 # Dense bfloat16 TFLOP/s by their makers; what a card reaches is less.
 PEAKS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L4": 121.0}
 
@@ -81,6 +82,8 @@ def parse(arguments, ks):
     add("--warmup", type=int, default=5, help="steps before them (5)")
     add("--blocks", type=int, default=5, help="that steps are timed in (5)")
     add("--learning-rate", type=float, default=3e-4, help="(3e-4)")
+    text = "what our rows compute twice: none, mlp or block (none)"
+    add("--remat", default="none", help=text)
     text = "without the accuracy that KerasHub's models report by default"
     add("--no-metrics", action="store_true", help=text)
     text = "over all devices, of our rows alone; speed and batch are of all, "
@@ -103,8 +106,9 @@ def parse(arguments, ks):
             parser.error(f"no row is named {pattern!r}: see --help.")
         rows += [row for row in found if row not in rows]
     alone = [row for row in rows if not row.startswith("ours/")]
-    if alone and args.distribution != "none":
-        parser.error(f"--distribution is of our rows, not of {alone[0]!r}.")
+    for flag in ("distribution", "remat"):
+        if alone and (getattr(args, flag) != "none" or args.sweep == flag):
+            parser.error(f"--{flag} is of our rows, not of {alone[0]!r}.")
     return args, rows, configurations(args, ks)
 
 
@@ -115,12 +119,13 @@ def configurations(args, ks):
     config = {**ks.SIZES[config["size"]], **config}
     names = "num_layers num_heads hidden_dim vocabulary batch_size precision "
     names += "sequence_length steps warmup blocks learning_rate no_metrics "
-    names += "distribution"
+    names += "distribution remat"
     config = {name: config[name] for name in names.split()}
     if not args.sweep:
         return [config]
     swept = SWEEPS[args.sweep]
-    found = [{**config, swept: int(v)} for v in args.values.split(",")]
+    kind = str if args.sweep == "remat" else int
+    found = [{**config, swept: kind(v)} for v in args.values.split(",")]
     for one in found if args.sweep == "width" else []:
         # Wider models have more heads, not wider ones.
         head_dim = config["hidden_dim"] // config["num_heads"]
@@ -157,6 +162,7 @@ def build(library, kind, config, keras, ks):
     optimizer = ks.AdamW(config["learning_rate"])
     V = config["vocabulary"]
     if library == "ours":
+        shapes["remat"] = config["remat"]
         model = ks.StableCausalLM.from_size("1m", V, kind, **shapes)
     else:
         import keras_hub

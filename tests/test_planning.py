@@ -305,7 +305,7 @@ def test_recipe_finds_the_largest_batch(tmp_path):
 
 # The tables of the lab book.
 WEAK = ("8b-512", "8b-4096-weak")
-STRONG = ("8b-4096-strong",)
+STRONG = ("8b-512-strong", "8b-4096-strong")
 
 
 def test_the_lab_book_says_what_the_plans_say():
