@@ -26,14 +26,13 @@ from keras_stable.variants import get
 
 _CPU, _GPU, _PAPER = SETUPS.values()
 _THREE = (0, 1, 2)
-_ARMS = tuple(Arm(name) for name in PAPER)
 
 _baseline, _qk = get("baseline"), get("qk_norm")
 _BRANCH = Placement(branch="layer")
 
 
-def _named(**variants):
-    return tuple(Arm(label, variant) for label, variant in variants.items())
+def _named(*names):
+    return tuple(Arm(name) for name in names)
 
 
 def _each(labels, **changes):
@@ -94,12 +93,7 @@ _ALL = (
         "cpu-sensitivity",
         "How much does the final loss depend on the learning rate, with and "
         "without norms on queries and keys, in a model that fits a laptop?",
-        _named(
-            baseline="baseline",
-            qk_norm="qk_norm",
-            qkv_norm="qkv_norm",
-            qk_norm_cap="qk_norm_cap",
-        ),
+        _named("baseline", "qk_norm", "qkv_norm", "qk_norm_cap"),
         rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         seeds=_THREE,
         flags=_CPU,
@@ -108,7 +102,7 @@ _ALL = (
     Experiment(
         "paper-lr",
         "At which learning rate does each of the ten methods diverge?",
-        _ARMS,
+        _named(*PAPER),
         rates="paper",
         flags=_PAPER,
         why="The paper's first table; `PUBLISHED` has its numbers.",
@@ -117,7 +111,7 @@ _ALL = (
         "paper-ppl",
         "Which of the ten methods has the lowest perplexity at a base rate "
         "where all are stable?",
-        _ARMS,
+        _named(*PAPER),
         rates=(3e-4,),
         seeds=_THREE,
         flags=_PAPER | {"steps": 2000, "warmup_steps": 100},
@@ -128,7 +122,7 @@ _ALL = (
         "paper-norms",
         "Which layers' inputs, weights, outputs and gradients grow when a run "
         "diverges, against the same seed at a tenth of the rate?",
-        _named(baseline="baseline", qk_norm="qk_norm", qkv_norm="qkv_norm"),
+        _named("baseline", "qk_norm", "qkv_norm"),
         rates=(8e-4, 2e-3, 8e-3, 2e-2),
         flags=_PAPER
         | {"steps": 1000, "every": 10, "inputs": True, "policy": "observe"},

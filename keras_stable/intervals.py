@@ -65,7 +65,7 @@ def wilson(successes, trials, level=0.95):
 
     >>> low, high = wilson(3, 3)
     >>> round(low, 3), high
-    (0.438, 1.0)
+    (0.439, 1.0)
 
     Reference: Wilson, Probable inference, JASA 1927.
     """

@@ -180,7 +180,9 @@ def _read_once(directory, stamps, thresholds, tables):
     record = {}
     if stamps[0]:
         record = from_json(json_files.read_json(directory / "run.json"))
-        if not isinstance(record.get("config"), dict):
+        parts = [record.get("config")]
+        parts += [record.get(name, {}) for name in ("versions", "corpus")]
+        if not all(isinstance(part, dict) for part in parts):
             raise ValueError("its run.json is no record of pretrain.py")
     status = record.get("status")
     if status in _DONE:
@@ -231,7 +233,7 @@ def _number(value):
 
 
 def _finished(directory, record, thresholds, tables):
-    config, corpus = record["config"], record.get("corpus") or {}
+    config, corpus = record["config"], record.get("corpus", {})
     loss = _number(record.get("validation_loss"))
     more, problem = {}, None
     try:
@@ -351,12 +353,13 @@ def _mixtures(records):
     kinds = collections.defaultdict(collections.Counter)
     arms = collections.defaultdict(lambda: collections.defaultdict(set))
     for outcome, record in records:
-        versions = record.get("versions") or {}
+        versions = record.get("versions", {})
+        backend = str(record.get("backend"))
+        kinds["backend"][backend] += 1
         # Other backends took no part.
-        for name in ("python", "keras", "numpy", record.get("backend")):
+        for name in ("python", "keras", "numpy", backend):
             kinds[name][str(versions.get(name))] += 1
-        kinds["backend"][str(record.get("backend"))] += 1
-        corpus = record.get("corpus") or {}
+        corpus = record.get("corpus", {})
         shared = {name: record["config"].get(name) for name in SHARED}
         shared["training tokens"] = corpus.get("training_tokens")
         for name, value in shared.items():

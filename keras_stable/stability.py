@@ -12,6 +12,7 @@ import numbers
 import statistics
 
 from keras_stable.choices import check_choice
+from keras_stable.choices import check_integer
 from keras_stable.intervals import Estimate
 from keras_stable.intervals import student
 from keras_stable.intervals import wilson
@@ -63,7 +64,7 @@ class Outcome:
         stable: bool. Whether it converged, with spikes or without.
 
     Raises:
-        ValueError: for an ending or learning rate that is none.
+        ValueError: for an ending, learning rate or seed that is none.
 
     >>> Outcome("baseline", 8e-3, seed=0, ending="diverged").stable
     False
@@ -90,6 +91,7 @@ class Outcome:
     def __post_init__(self):
         check_choice(self.ending, ENDINGS, "ending")
         object.__setattr__(self, "learning_rate", rate_of(self.learning_rate))
+        check_integer(self.seed, "`seed`", low=0)
 
     @property
     def stable(self):

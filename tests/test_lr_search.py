@@ -283,6 +283,7 @@ BAD = [
     (lambda: ks.Bisection(1e-3, 1e-2, seeds=()), "`seeds`.*at least one"),
     (lambda: ks.Outcome("a", 1e-3, 0, "converge"), "ending. Did you mean"),
     (lambda: ks.Outcome("a", -1e-3, 0, "converged"), "positive number"),
+    (lambda: ks.Outcome("a", 1e-3, "0", "converged"), "`seed` must be an"),
     (lambda: TPESearch(1e-2, 1e-3, trials=5), "`low` must be less"),
     (lambda: TPESearch(1e-3, 1e-2, trials=3), "`trials`.*at least 5"),
     (lambda: TPESearch(1e-3, 1e-2, 9, seeds=(0, 0)), "`seeds`.*none twice"),
