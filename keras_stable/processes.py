@@ -57,7 +57,7 @@ class Task:
                 text = file.read().decode(errors="replace")
         except OSError as error:
             text = str(error)
-        lines = (line.rpartition("\r")[2] for line in text.splitlines())
+        lines = (line.rpartition("\r")[2] for line in text.split("\n"))
         text = "\n".join([*lines, *filter(None, [self.problem])])
         return text.strip()[-characters:]
 

@@ -39,7 +39,8 @@ SEARCHES = {"ladder": Ladder, "bisect": Bisection, "tpe": TPESearch}
 # result is given up.
 ATTEMPTS, HOPELESS = 2, 3
 ENDED = ("finished", "diverged")
-LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]{0,99}")
+# Not what JSON has no numbers for.
+LABEL = re.compile(r"(?!(nan|inf)$)[A-Za-z0-9][A-Za-z0-9_.+=-]{0,99}")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -297,8 +298,8 @@ def _arms(arms):
         if not isinstance(arm.label, str) or not LABEL.fullmatch(arm.label):
             raise ValueError(
                 "A label names a directory: letters, digits and any of _.+=-, "
-                "a letter or digit first, at most 100. Received: "
-                f"{arm.label!r}"
+                "a letter or digit first, at most 100; not nan or inf. "
+                f"Received: {arm.label!r}"
             )
         # Some file systems do not tell a from A.
         if arm.label.lower() in lower:

@@ -137,7 +137,7 @@ def declare(args, flags, ks):
         names = args.variants.split(",")
         names = ks.PAPER if args.variants == "paper" else names
         arms = [ks.Arm(name) for name in names]
-    elif flags or args.setup or args.rates or args.seeds or args.search or args.extend:
+    elif any((flags, args.setup, args.rates, args.seeds, args.search)):
         raise ValueError(
             "Say what is compared, with --experiment or --variants; or give "
             "--out alone, to go on with the sweep that is there."
@@ -145,6 +145,7 @@ def declare(args, flags, ks):
     if arms is None:
         return ks.Sweep(args.out)
     flags = {**setup(args.setup, experiment, ks), **flags}
+    parser = build(None, ks)
     for arm in arms:
         for name in {**flags, **arm.flags}:
             if name in OWN:
@@ -152,7 +153,9 @@ def declare(args, flags, ks):
                     f"--{name.replace('_', '-')} is the sweep's own, of each "
                     "run: see --variants, --rates and --seeds."
                 )
-        check(arm.label, {**flags, **arm.flags}, ks)
+        # Ends with what is wrong about them, if anything is.
+        parser.prog = f"sweep: {arm.label}"
+        parser.parse_args(arguments_of({**flags, **arm.flags}, parser))
     flags.setdefault("backend", os.environ["KERAS_BACKEND"])
     sweep = ks.Sweep(
         args.out,
@@ -178,8 +181,11 @@ def setup(name, experiment, ks):
 
 
 def search(args, experiment, ks):
-    rates = args.rates or (experiment.rates if experiment else "wortsman")
-    own = args.seeds or (experiment.seeds if experiment else (0,))
+    rates, own = args.rates, args.seeds
+    if rates is None:
+        rates = experiment.rates if experiment else "wortsman"
+    if own is None:
+        own = experiment.seeds if experiment else (0,)
     kind = args.search or "ladder"
     ks.check_choice(kind, SEARCHES, "search")
     if kind == "ladder":
@@ -190,13 +196,6 @@ def search(args, experiment, ks):
     if kind == "bisect":
         return ks.Bisection(rates[0], rates[-1], args.ratio, own)
     return ks.TPESearch(rates[0], rates[-1], args.trials, seeds=own)
-
-
-def check(label, flags, ks):
-    """Ends with what is wrong about an arm's flags, if anything is."""
-    parser = build(None, ks)
-    parser.prog = f"sweep: {label}"
-    parser.parse_args(arguments_of(flags, build(None, ks)))
 
 
 def command_of(sweep, ks):

@@ -1,9 +1,9 @@
 """Writes a run directory as `pretrain.py` does, slowly and without training.
 
-    python stand_in.py SECONDS FOLDER LABEL RATE SEED [LABEL RATE SEED FOLDER...]
+    python stand_in.py SECONDS FOLDER LABEL RATE SEED [FOLDER ...]
 
 An arm is stable up to 0.02, but for "weak", up to 0.004. Labels that say so
-fail, always ("broken") or the first time ("shaky"), or end in NaN ("nan").
+fail, always ("broken") or the first time ("shaky"), or end in NaN ("nans").
 A directory that two processes write gets a file `collision`.
 """
 
@@ -67,7 +67,7 @@ def run(seconds, folder, label, rate, seed):
             line = {"kind": "step", "step": step, "loss": loss}
             file.write(json.dumps(line | {"gradient_norm": 1.0}) + "\n")
             time.sleep(seconds / STEPS)
-    validation = "nan" if label == "nan" else loss_at(STEPS, lost, rate, seed)
+    validation = "nan" if label == "nans" else loss_at(STEPS, lost, rate, seed)
     record |= {"status": "diverged" if lost else "finished"}
     record |= {"verdict": "DIVERGED" if lost else "OK", "steps_done": STEPS}
     record |= {"validation_loss": validation, "perplexity": 1.0}
