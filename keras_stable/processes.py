@@ -174,7 +174,7 @@ def launch(task, settings):
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **settings},
-                pass_fds=claims,
+                pass_fds=claims if fcntl is not None else (),
             )
     finally:
         for claim in claims:
