@@ -347,7 +347,8 @@ class Judge(Detector):
             median = min(statistics.median(self.losses), top)
             if self.best is None or median < self.best:
                 self.best, self.noise = median, noise
-        if self.seen <= self.warmup:
+        # Of a damaged state there may be fewer losses.
+        if self.seen <= self.warmup or len(self.losses) < 50:
             return
         recent = statistics.median(list(self.losses)[-20:])
         gain = max(statistics.median(self.first) - self.best, 0.1)
