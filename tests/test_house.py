@@ -47,6 +47,7 @@ FLOORS = [
     {"backbone", "selftest", "planning"},
     {"checkpoints", "generation", "preprocessing"},
     {"models", "monitor"},
+    {"many"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}
