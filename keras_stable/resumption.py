@@ -69,7 +69,8 @@ class Checkpoints(keras.callbacks.Callback):
     Args:
         directory: of the checkpoints alone. All processes must see it.
         every: int. Steps between checkpoints; another is made at the end of
-            `fit`. Defaults to 500.
+            `fit`. Defaults to 500. None: one when it is told to stop, and no
+            other.
         keep_last: int. How many are kept. Defaults to 3.
         keep_every: int. Those at its multiples are kept too. Defaults to
             None: of old ones, none.
@@ -109,7 +110,9 @@ class Checkpoints(keras.callbacks.Callback):
     ):
         super().__init__()
         self.directory = Path(directory)
-        self.every = check_integer(every, "`every`", 1)
+        if every is not None:
+            check_integer(every, "`every`", 1)
+        self.every = every
         self.keep_last = check_integer(keep_last, "`keep_last`", 1)
         if keep_every is not None:
             check_integer(keep_every, "`keep_every`", 1)
@@ -225,7 +228,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._act(self._signal is not None and backend.processes() == 1)
 
     def on_train_end(self, logs=None):
-        if self._tried < self.step:
+        if self.every is not None and self._tried < self.step:
             self.save()
         self.close()
 
@@ -247,7 +250,8 @@ class Checkpoints(keras.callbacks.Callback):
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _act(self, stop):
-        due = self.step // self.every > self._tried // self.every
+        every = self.every or math.inf
+        due = self.step // every > self._tried // every
         if self._tried < self.step and (due or stop):
             self.save()
         if not stop:

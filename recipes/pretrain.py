@@ -23,10 +23,12 @@ killed or interrupted goes on, after 500 steps at most done twice:
 import datetime
 import itertools
 import math
+import shutil
 import sys
 from pathlib import Path
 
 from pretrain_flags import PRECISIONS
+from pretrain_flags import SAVES
 from pretrain_flags import check_same
 from pretrain_flags import choose_backend
 from pretrain_flags import given
@@ -69,12 +71,15 @@ def prepare(args, before, ks, keras):
     Args:
         before: record of the run that is resumed, or None.
     """
-    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-    args.out = args.out or f"runs/{args.variant}-{now}"
     ks.check_choice(args.precision, PRECISIONS, "precision")
+    ks.check_choice(args.save, SAVES, "what to --save")
     variant = ks.get_variant(args.variant)
+    if isinstance(args.variant, dict):
+        args.variant = variant.to_dict()  # With all that was left out.
     if args.z_loss:
         variant = variant.replace(z_loss=args.z_loss)
+    if args.save == "all" and args.checkpoint_every is None:
+        args.checkpoint_every = 500
     if args.steps is None:
         per_step = args.batch_size * args.sequence_length
         args.steps = int(args.tokens // per_step) if args.tokens else 1500
@@ -85,6 +90,9 @@ def prepare(args, before, ks, keras):
             )
     if before is not None:
         check_same(args, before)
+    args.label = args.label or variant.name
+    now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+    args.out = args.out or f"runs/{args.label}-{now}"
     keras.utils.set_random_seed(args.seed)
     keras.config.set_dtype_policy(args.precision)
     ks.set_distribution(
@@ -97,9 +105,15 @@ def prepare(args, before, ks, keras):
         args.steps,
         warmup_steps=args.warmup_steps,
         shape=args.schedule,
-        **given(args, "cycles cycle_growth peak_decay rewarmup_steps"),
+        **given(args, "final cycles cycle_growth peak_decay rewarmup_steps"),
     )
-    optimizer = ks.AdamW(schedule, weight_decay=args.weight_decay)
+    clip = {None: "auto", "none": None}.get(args.clip_norm, args.clip_norm)
+    optimizer = ks.AdamW(
+        schedule,
+        weight_decay=args.weight_decay,
+        global_clipnorm=clip,
+        **given(args, "beta_1 beta_2 epsilon decay"),
+    )
 
     tokenizer, corpora = read(args, ks)
     shape = (args.batch_size, args.sequence_length)
@@ -178,6 +192,18 @@ def prepare(args, before, ks, keras):
     return lm, batches, evaluations, run, [monitor, checkpoints]
 
 
+def evaluate(lm, batches, keras):
+    """The loss of each batch of one corpus, all of as many tokens."""
+    losses = []
+    each = keras.callbacks.LambdaCallback(
+        on_test_batch_end=lambda batch, logs: losses.append(
+            float(logs["batch_loss"])
+        )
+    )
+    found = lm.evaluate(batches, return_dict=True, verbose=0, callbacks=[each])
+    return found["loss"], losses
+
+
 def report(run, args, loss, sample):
     corpus = run.record["corpus"]
     rows = {"validation loss": loss}
@@ -192,7 +218,9 @@ def report(run, args, loss, sample):
             values = [row[k] for k in ("validation_loss", *ENTROPIES, "weight")]
             print("".join(f"{v:8.4f}" for v in values), "", row["source"])
     print(f"verdict: {run.record['verdict']}")
-    print(f"\nsample:\n{sample}\n\nrun directory: {args.out}")
+    if sample is not None:
+        print(f"\nsample:\n{sample}")
+    print(f"\nrun directory: {args.out}")
 
 
 def main(arguments=None):
@@ -218,7 +246,7 @@ def main(arguments=None):
     lm, batches, evaluations, run, (monitor, checkpoints) = found
     say = print if run.writes else lambda *text: None
     say(
-        f"{args.variant}, {lm.count_params():,} parameters, {args.precision}, "
+        f"{args.label}, {lm.count_params():,} parameters, {args.precision}, "
         f"{keras.backend.backend()} on {run.record['device']}; "
         f"{run.record['tokens']:,} tokens in {args.steps} steps"
     )
@@ -227,7 +255,9 @@ def main(arguments=None):
     try:
         if len(batches):
             callbacks = [monitor, checkpoints]
-            lm.fit(batches, callbacks=callbacks, verbose=int(run.writes))
+            # A bar is for terminals: in a file it is a line for each step.
+            verbose = (1 if sys.stdout.isatty() else 2) if run.writes else 0
+            lm.fit(batches, callbacks=callbacks, verbose=verbose)
     except ks.TrainingHalted as halted:
         print(f"\n{halted}")
     except ks.TrainingInterrupted as interrupted:
@@ -241,13 +271,17 @@ def main(arguments=None):
         )
     finally:
         checkpoints.close()
-    corpus = run.record["corpus"]
+    corpus, batch_losses = run.record["corpus"], []
     for row, evaluation in zip(corpus["corpora"], evaluations):
-        found = lm.evaluate(evaluation, return_dict=True, verbose=0)
-        row["validation_loss"] = found["loss"]
+        row["validation_loss"], losses = evaluate(lm, evaluation, keras)
+        row["validation_batches"] = len(losses)
+        batch_losses += losses
     loss = together(corpus["corpora"], "validation_loss")
-    sample = "none: of several processes none has the whole model"
-    if ks.process_count() == 1 or keras.backend.backend() != "jax":
+    sample = None
+    whole = ks.process_count() == 1 or keras.backend.backend() != "jax"
+    if args.save == "all" and not whole:
+        sample = "none: of several processes none has the whole model"
+    elif args.save == "all":
         prompt = "def " if args.data[0] == "python" else "The "
         sample = lm.generate(
             args.prompt or prompt,
@@ -266,10 +300,15 @@ def main(arguments=None):
         last_batch_loss=monitor.last.get("loss"),
         monitor_overhead=monitor.overhead,
         validation_loss=loss,
+        # Of equal numbers of tokens, corpus by corpus.
+        validation_batch_losses=batch_losses,
         perplexity=math.exp(min(loss, 700)),
         sample=sample,
     )
     if run.writes:
+        if args.save == "none":
+            # What it went on from, if it was stopped: a full state each.
+            shutil.rmtree(run.path / "checkpoints", ignore_errors=True)
         report(run, args, loss, sample)
 
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 BACKENDS = ("jax", "torch", "tensorflow")
 PRECISIONS = ("float32", "mixed_bfloat16", "bfloat16", "mixed_float16")
+SAVES = ("all", "none")
 # What a resumed run may have otherwise than before.
 FREE = (
     "resume out backend cache distribution tensor_parallel multi_host policy "
-    "prompt checkpoint_every keep_last keep_every"
+    "prompt save checkpoint_every keep_last keep_every"
 ).split()
 
 
@@ -28,6 +29,25 @@ def positive(kind):
     # What argparse calls a value that was refused.
     convert.__name__ = f"positive {'integer' if kind is int else 'number'}"
     return convert
+
+
+def or_none(kind):
+    def convert(text):
+        return text if text == "none" else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or none"
+    return convert
+
+
+def variant_of(text):
+    """`--variant`: a name, or the JSON text of a variant's dictionary."""
+    if not text.lstrip().startswith("{"):
+        return text
+    return json.loads(text)
+
+
+# What argparse calls a value that was refused.
+variant_of.__name__ = "variant: a name or JSON, not"
 
 
 def given(args, names):
@@ -75,8 +95,11 @@ def build(description, ks):
     add(
         "--variant",
         default="baseline",
-        help="stability method, see below (baseline)",
+        type=variant_of,
+        help="stability method, see below, or the JSON text of any variant's "
+        "dictionary (baseline)",
     )
+    add("--label", help="what tables call the run (the variant's name)")
     add(
         "--size",
         default="1m",
@@ -150,6 +173,7 @@ def build(description, ks):
         help=f"{', '.join(ks.SCHEDULES)}: after the warm-up (cosine)",
     )
     add("--warmup-steps", type=int, help="linear warm-up (5 %% of the steps)")
+    add("--final", type=float, help="the schedule's end to its peak (0.1)")
     add("--cycles", type=positive(int), help="decays with warm restarts (1)")
     ratio = {"type": positive(float), "metavar": "RATIO"}
     add(
@@ -164,6 +188,18 @@ def build(description, ks):
         "variant's)",
     )
     add("--weight-decay", type=float, default=0.1, help="on matrices (0.1)")
+    add(
+        "--decay",
+        help="coupled, or independent of the peak: then 1e-4 is usual (coupled)",
+    )
+    add("--beta-1", type=float, help="AdamW's, in [0, 1) (0.9)")
+    add("--beta-2", type=float, help="AdamW's, in [0, 1) (0.95)")
+    add("--epsilon", type=positive(float), help="AdamW's (1e-8)")
+    add(
+        "--clip-norm",
+        type=or_none(positive(float)),
+        help="largest norm of all gradients together; none: not clipped (1)",
+    )
     add("--seed", type=int, default=0, help="of weights, batches, dropout (0)")
     add(
         "--precision",
@@ -203,6 +239,12 @@ def build(description, ks):
     add = parser.add_argument_group("output").add_argument
     add("--out", help="run directory, new (runs/VARIANT-TIME)")
     add("--prompt", help="the sample's beginning")
+    add(
+        "--save",
+        default="all",
+        help="all: model.keras, a sample and checkpoints; none: not these, "
+        "only a checkpoint when it is stopped (all)",
+    )
     add = parser.add_argument_group(
         "checkpoints",
         "SIGTERM and Ctrl-C save one and exit with code 75; a second Ctrl-C "
@@ -217,8 +259,8 @@ def build(description, ks):
     add(
         "--checkpoint-every",
         type=positive(int),
-        default=500,
-        help="steps: no more is lost, whatever happens (500)",
+        help="steps: no more is lost, whatever happens (500; none with --save "
+        "none)",
     )
     add("--keep-last", type=positive(int), default=3, help="(3)")
     add(
