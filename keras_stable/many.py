@@ -15,11 +15,12 @@ import keras
 import numpy as np
 
 from keras_stable import backend
+from keras_stable.alike import batch_of
+from keras_stable.alike import check_models
+from keras_stable.alike import check_runs
 from keras_stable.backend import internals
 from keras_stable.budget import Budget
-from keras_stable.distribution import process_count
 from keras_stable.events import TrainingHalted
-from keras_stable.models import StableCausalLM
 from keras_stable.packing import Sample
 from keras_stable.packing import unpack
 from keras_stable.watch import watch
@@ -81,7 +82,7 @@ def train_many(models, data, monitors, vectorised=None):
     >>> halted = train_many(*zip(*runs))                 # doctest: +SKIP
     """
     models, data, monitors = list(models), list(data), list(monitors)
-    _check(models, data, monitors)
+    check_runs(models, data, monitors)
     return _Group(models, data, monitors, vectorised).train()
 
 
@@ -105,8 +106,8 @@ def losses_of_many(models, data, vectorised=None):
     >>> losses = losses_of_many([lm], batches)  # doctest: +SKIP
     """
     models = list(models)
-    _check_models(models)
-    batches = (_batch(models[0], data, i) for i in range(len(data)))
+    check_models(models)
+    batches = (batch_of(models[0], data, i) for i in range(len(data)))
     return backend.losses_of_many(models, batches, vectorised)
 
 
@@ -187,7 +188,7 @@ class _Group:
         self._halted = [None] * len(models)
         self._views = [_View(self) for _ in models]
         self.rows = self.alive = list(range(len(models)))
-        first = _batch(models[0], data[0], 0)
+        first = batch_of(models[0], data[0], 0)
         most = max(self._lengths)
         self._stack = backend.Stack(models, first, most, vectorised)
         self._arriving = collections.deque()
@@ -288,7 +289,7 @@ class _Group:
         runs = [run for run in self.alive if batch < self._lengths[run]]
         return self._feed.submit(
             lambda: {
-                run: _batch(self._models[run], self._data[run], batch)
+                run: batch_of(self._models[run], self._data[run], batch)
                 for run in runs
             }
         )
@@ -332,108 +333,3 @@ def _give_back(monitor):
     share = monitor._budget
     monitor._budget = share.own
     share.own.restore(share.state())
-
-
-def _batch(model, data, index):
-    """A batch as the model's `train_step` takes it."""
-    batch = data[index]
-    batch = batch if isinstance(batch, tuple) else (batch,)
-    return model.preprocess_samples(*batch)
-
-
-# What is refused.
-
-
-def _check(models, data, monitors):
-    counts = [len(x) for x in (models, data, monitors)]
-    if len(set(counts)) > 1 or not models:
-        raise ValueError(
-            "Give as many models as datasets and monitors, one at least. "
-            f"Received: {counts[0]} models, {counts[1]} datasets and "
-            f"{counts[2]} monitors."
-        )
-    _check_models(models)
-    settings = []
-    for monitor in monitors:
-        if monitor.every is None:
-            raise ValueError(
-                "`every=None` measures nothing, and would wait for the device "
-                "at every step of all runs: give 'auto' or an integer."
-            )
-        budget = monitor._budget
-        settings.append((monitor.every, budget.max_overhead, monitor._what))
-    _equal("monitor's every, max_overhead and layers", settings)
-    for what, items in (
-        ("optimizer", [model.optimizer for model in models]),
-        ("monitor", monitors),
-    ):
-        if len({*map(id, items)}) < len(items):
-            raise ValueError(f"Each run needs a {what} of its own.")
-    paths = [str(m.path) for m in monitors if m.path is not None]
-    if len(set(paths)) < len(paths):
-        raise ValueError(f"Two runs would write to one directory: {paths}")
-    optimizers = []
-    for model in models:
-        # Raises for a learning rate that cannot be known before.
-        schedule, peak = internals.learning_of(model.optimizer)
-        optimizer = keras.saving.serialize_keras_object(model.optimizer)
-        kinds = {"schedule": schedule is not None, "peak": peak is not None}
-        optimizers.append({**_without(optimizer), **kinds})
-    _equal("optimizer", optimizers)
-    batches = []
-    for index, (model, dataset) in enumerate(zip(models, data)):
-        if not len(dataset):
-            raise ValueError(f"Dataset {index} has no batches.")
-        batch = _batch(model, dataset, 0)
-        batches.append(keras.tree.map_structure(_shape, batch))
-    _equal("batch", batches)
-
-
-def _check_models(models):
-    if process_count() > 1 or keras.distribution.distribution() is not None:
-        raise ValueError(
-            "Several models are trained in one program on one device: without "
-            "a distribution and in one process. Train large ones one by one."
-        )
-    if len({*map(id, models)}) < len(models):
-        raise ValueError("The same model is given twice: build one for each.")
-    configs = []
-    for model in models:
-        if not isinstance(model, StableCausalLM) or not model._chunked:
-            raise ValueError(
-                "Models must be `StableCausalLM`s, compiled with the default "
-                f"loss and metrics. Received: {type(model).__name__}"
-            )
-        if model.run_eagerly or model.steps_per_execution > 1:
-            raise ValueError(
-                "`run_eagerly` and `steps_per_execution` are not for several "
-                "models at once: compile without them."
-            )
-        shapes = [(v.dtype, v.shape, v.trainable) for v in model.weights]
-        config = _without(model.backbone.get_config())
-        configs.append({**config, "weights": shapes})
-    _equal("model", configs)
-
-
-# What runs may have otherwise: it enters the program as numbers.
-FREE = ("name", "seed", "learning_rate", "peak_learning_rate")
-
-
-def _without(config):
-    if not isinstance(config, dict):
-        return config
-    return {k: _without(v) for k, v in config.items() if k not in FREE}
-
-
-def _shape(x):
-    return f"{x.dtype} {list(x.shape)}"
-
-
-def _equal(what, values):
-    for index, value in enumerate(values[1:], 1):
-        if value != values[0]:
-            raise ValueError(
-                f"Runs in one program share the {what}, but for seeds and "
-                f"learning rates. Run 0 has {values[0]} and run {index} "
-                f"{value}. Train those that differ in another call."
-            )

@@ -47,6 +47,7 @@ FLOORS = [
     {"backbone", "selftest", "planning"},
     {"checkpoints", "generation", "preprocessing"},
     {"models", "monitor"},
+    {"alike"},
     {"many"},
     {"__init__"},
 ]
