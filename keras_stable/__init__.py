@@ -92,6 +92,41 @@ from keras_stable.resumption import CheckpointError as CheckpointError
 from keras_stable.resumption import Checkpoints as Checkpoints
 from keras_stable.resumption import TrainingInterrupted as TrainingInterrupted
 
+# The lab: how far a method can be pushed.
+from keras_stable.intervals import Estimate as Estimate
+from keras_stable.intervals import rank_correlation as rank_correlation
+from keras_stable.intervals import student as student
+from keras_stable.intervals import wilson as wilson
+from keras_stable.stability import ENDINGS as ENDINGS
+from keras_stable.stability import Outcome as Outcome
+from keras_stable.stability import StabilityInterval as StabilityInterval
+from keras_stable.stability import best_rate as best_rate
+from keras_stable.stability import compare as compare
+from keras_stable.stability import final_loss as final_loss
+from keras_stable.stability import lr_sensitivities as lr_sensitivities
+from keras_stable.stability import lr_sensitivity as lr_sensitivity
+from keras_stable.stability import reproduces as reproduces
+from keras_stable.stability import stability_interval as stability_interval
+from keras_stable.stability import stability_margin as stability_margin
+from keras_stable.lr_search import LADDERS as LADDERS
+from keras_stable.lr_search import Bisection as Bisection
+from keras_stable.lr_search import Ladder as Ladder
+from keras_stable.sampling import TPESearch as TPESearch
+from keras_stable.outcomes import Thresholds as Thresholds
+from keras_stable.outcomes import degrade as degrade
+from keras_stable.outcomes import read_losses as read_losses
+from keras_stable.outcomes import read_outcomes as read_outcomes
+from keras_stable.growth import OutputGrowth as OutputGrowth
+from keras_stable.growth import output_growth as output_growth
+from keras_stable.growth import output_norms as output_norms
+from keras_stable.growth import reference_of as reference_of
+from keras_stable.experiments import EXPERIMENTS as EXPERIMENTS
+from keras_stable.arms import SETUPS as SETUPS
+from keras_stable.arms import Arm as Arm
+from keras_stable.arms import Experiment as Experiment
+from keras_stable.published import PUBLISHED as PUBLISHED
+from keras_stable.published import Published as Published
+
 # The monitor.
 from keras_stable.criteria import classify as classify
 from keras_stable.criteria import spike_rate_robust as spike_rate_robust
@@ -99,6 +134,7 @@ from keras_stable.criteria import (
     spike_score_olmo_core as spike_score_olmo_core,
 )
 from keras_stable.criteria import spike_score_paper as spike_score_paper
+from keras_stable.criteria import time_to_loss as time_to_loss
 from keras_stable.detectors import Event as Event
 from keras_stable.detectors import Judge as Judge
 from keras_stable.detectors import Verdict as Verdict
@@ -108,5 +144,18 @@ from keras_stable.many import losses_of_many as losses_of_many
 from keras_stable.many import train_many as train_many
 from keras_stable.sinks import TensorBoard as TensorBoard
 from keras_stable.sinks import WeightsAndBiases as WeightsAndBiases
+
+# The lab: many runs.
+from keras_stable.processes import Task as Task
+from keras_stable.workers import ENGINES as ENGINES
+from keras_stable.workers import workers as workers
+from keras_stable.sweeps import PlannedRun as PlannedRun
+from keras_stable.sweeps import Sweep as Sweep
+from keras_stable.sweep_tables import Display as Display
+from keras_stable.sweep_tables import format_sweep_table as format_sweep_table
+from keras_stable.sweep_tables import sweep_table as sweep_table
+from keras_stable.sweep_tables import write_sweep_table as write_sweep_table
+from keras_stable.supervisor import SweepInterrupted as SweepInterrupted
+from keras_stable.supervisor import run_sweep as run_sweep
 
 __version__ = "0.1.0"

@@ -26,12 +26,12 @@ class CausalSelfAttention(keras.layers.Layer):
     ```
     q, k, v = norm(x W_q), norm(x W_k), norm(x W_v)    norms as in `qkv_norm`
     q, k    = rope(q), rope(k)                         if positions are rotary
-    y       = attend(q, k, v) W_o
+    y       = norm(attend(q, k, v)) W_o                `inner` of `attention`
     ```
 
     Weights: `query/kernel` (D, N H), `key/kernel` and `value/kernel` (D, K H),
-    `output/kernel` (N H, D), and those of `query_norm`, `key_norm`,
-    `value_norm`: (H,) per head, shared by heads, or the full width.
+    `output/kernel` (N H, D), those of `query_norm`, `key_norm`, `value_norm`:
+    (H,) per head, shared by heads, or the full width; of `inner_norm`: (N H,).
 
     Args:
         num_heads: int. N.
@@ -130,6 +130,8 @@ class CausalSelfAttention(keras.layers.Layer):
         self.query_norm = self._norm("query_norm", norm.qk, N * H)
         self.key_norm = self._norm("key_norm", norm.qk, K * H)
         self.value_norm = self._norm("value_norm", norm.v, K * H)
+        inner = self.variant.attention.inner
+        self.inner_norm = self._norm("inner_norm", inner, N * H, "full")
         self.scale = architecture.query_scale or H**-0.5
         entropy, self.entropy_theta = self.variant.softmax.entropy, None
         if entropy is not None and entropy.tolerance is not None:
@@ -157,7 +159,7 @@ class CausalSelfAttention(keras.layers.Layer):
         layer.build(input_shape)
         return layer
 
-    def _norm(self, name, kind, width):
+    def _norm(self, name, kind, width, scope=None):
         layer = make_norm(
             kind,
             epsilon=self.variant.architecture.epsilon,
@@ -165,7 +167,7 @@ class CausalSelfAttention(keras.layers.Layer):
             dtype=self.dtype_policy,
         )
         if layer is not None:
-            full = self.variant.qkv_norm.scope == "full"
+            full = (scope or self.variant.qkv_norm.scope) == "full"
             layer.build((None, width if full else self._head_dim))
         return layer
 
@@ -253,6 +255,8 @@ class CausalSelfAttention(keras.layers.Layer):
             if not return_penalty:
                 self.add_loss(penalty)
         y_BTE = ops.reshape(y_BTNH, ops.shape(query))
+        if self.inner_norm is not None:
+            y_BTE = self.inner_norm(y_BTE)
         y_BTD = apply_linear(self.output_dense, y_BTE, state)
         if cache is not None:
             return y_BTD, cache

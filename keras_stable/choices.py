@@ -119,6 +119,9 @@ class Placement:
 
     Args:
         pre: norm kind. `P`, on the branch's input. Defaults to `"layer"`.
+        inner: norm kind. Within f: on what leaves the heads of attention,
+            before Proj; on what leaves FC1, before the MLP's activation.
+            Defaults to `None`.
         branch: norm kind. `B`, on the branch's output. Defaults to `None`.
         stream: norm kind. `S`, on the sum. Defaults to `None`.
         skip: number, or a name in `DEPTH_SCALES`. `a`. Defaults to 1.
@@ -127,13 +130,14 @@ class Placement:
     """
 
     pre: str | None = "layer"
+    inner: str | None = None
     branch: str | None = None
     stream: str | None = None
     skip: float | str = 1.0
     gain: float | str | Learned = 1.0
 
     def __post_init__(self):
-        for field in ("pre", "branch", "stream"):
+        for field in ("pre", "inner", "branch", "stream"):
             check_choice(getattr(self, field), (None, *NORM_KINDS), "norm")
         for field in ("skip", "gain"):
             value = getattr(self, field)

@@ -128,6 +128,29 @@ def spike_rate_robust(losses, height=0.1, window=201):
     return float(1e4 * np.mean(losses[half:-half] > median + height))
 
 
+def time_to_loss(losses, level, window=20):
+    """How many steps it took to reach a loss; NaN if it was not reached.
+
+    The first t of which the median of the losses of steps t - window + 1 to t
+    is at most `level`; steps count from 1. Times the tokens of a step it is
+    the number of tokens.
+
+    Args:
+        losses: curve, in nats.
+        level: nats.
+        window: int. Defaults to 20.
+
+    >>> time_to_loss([5.0 - 0.1 * step for step in range(40)], 3.0, window=5)
+    23.0
+    """
+    losses = _curve(losses, "losses")
+    if len(losses) < check("window", window, 1):
+        return float("nan")
+    smooth = _over_windows(np.median, losses, window)
+    reached = np.flatnonzero(smooth <= level)
+    return float(reached[0] + window) if len(reached) else float("nan")
+
+
 def classify(
     losses,
     gradient_norms=None,

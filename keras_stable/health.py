@@ -137,20 +137,27 @@ class Health:
         return np.array(steps), np.array([table[at] for table in tables])
 
 
-def read_health(path):
+def read_health(path, tables=True):
     """What the monitor wrote to a directory, as a `Health`.
 
     A last line cut off by a crash is left out.
+
+    Args:
+        path: the directory.
+        tables: bool. Whether to read the tables, which are nearly all of the
+            file. Defaults to True.
 
     Raises:
         OSError: if there is no `health.jsonl`.
         ValueError: for a line that is no record.
     """
-    layout, steps, tables = {}, {}, {}
+    layout, steps, measured = {}, {}, {}
     others = {"event": [], "verdict": [], "overhead": []}
     file = Path(path) / "health.jsonl"
     for number, line in enumerate(file.read_bytes().splitlines(True), 1):
         where = f"{file}, line {number},"
+        if not tables and line.startswith(b'{"kind": "table"'):
+            continue
         try:
             record = json_files.parse(line, where)
         except ValueError as error:
@@ -169,7 +176,7 @@ def read_health(path):
             elif kind == "step":
                 steps[int(record["step"])] = record
             elif kind == "table":
-                tables[int(record["step"])] = _table(record, layout)
+                measured[int(record["step"])] = _table(record, layout)
             elif kind == "event":
                 others[kind].append(Event(**record))
             else:
@@ -182,7 +189,7 @@ def read_health(path):
     return Health(
         layout,
         [steps[step] for step in sorted(steps)],
-        tables,
+        measured,
         others["event"],
         others["verdict"],
         others["overhead"],

@@ -11,6 +11,7 @@ from keras_stable import variants
 from keras_stable.linear import advance
 from keras_stable.linear import apply_linear
 from keras_stable.linear import make_linear
+from keras_stable.norms import make_norm
 
 
 def _gelu_tanh(x):
@@ -37,16 +38,19 @@ class MLP(keras.layers.Layer):
     """Two linear layers with an activation between them.
 
     ```
-    y = act(x W_fc1) W_fc2                     gelu, gelu_tanh, relu_squared
-    y = (act(x W_gate) * (x W_fc1)) W_fc2      swiglu, geglu, geglu_tanh
+    y = act(N(x W_fc1)) W_fc2                  gelu, gelu_tanh, relu_squared
+    y = (act(x W_gate) * N(x W_fc1)) W_fc2     swiglu, geglu, geglu_tanh
     ```
 
-    Weights: `fc1/kernel` and `gate/kernel` (D, F), `fc2/kernel` (F, D).
+    N is the norm `inner` of the variant's `mlp`, or nothing.
+
+    Weights: `fc1/kernel` and `gate/kernel` (D, F), `fc2/kernel` (F, D); those
+    of `inner_norm` (F,).
 
     Args:
         intermediate_dim: int. F. Defaults to 4 D.
-        variant: name, `Variant` or its dictionary: activation, biases and
-            kernel parametrisation. Defaults to `"baseline"`.
+        variant: name, `Variant` or its dictionary: activation, biases, inner
+            norm and kernel parametrisation. Defaults to `"baseline"`.
         kernel_initializer, output_initializer: of fc1 and gate, and of fc2.
             Default to normal(0.02).
 
@@ -89,6 +93,14 @@ class MLP(keras.layers.Layer):
         self.fc1 = self._linear("fc1", F, D, into)
         self.gate = self._linear("gate", F, D, into) if gated else None
         self.fc2 = self._linear("fc2", D, F, out)
+        self.inner_norm = make_norm(
+            self.variant.mlp.inner,
+            epsilon=self.variant.architecture.epsilon,
+            name="inner_norm",
+            dtype=self.dtype_policy,
+        )
+        if self.inner_norm is not None:
+            self.inner_norm.build((None, F))
 
     def _linear(self, name, units, width, initializer):
         layer = make_linear(
@@ -111,6 +123,8 @@ class MLP(keras.layers.Layer):
         state = self.next_state(training) if state is None else state
         activation, gated = ACTIVATIONS[self.variant.architecture.activation]
         fc1 = apply_linear(self.fc1, x_BTD, state)
+        if self.inner_norm is not None:
+            fc1 = self.inner_norm(fc1)
         if gated:
             gate = apply_linear(self.gate, x_BTD, state)
             h_BTF = activation(gate) * fc1

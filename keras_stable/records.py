@@ -101,10 +101,22 @@ def environment():
         (of the working directory, None outside a repository; `"+changes"` if
         files differ from it), `"command"` and `"started"` (UTC).
     """
-    now = datetime.datetime.now(datetime.timezone.utc)
     return {
         "backend": keras.backend.backend(),
         "device": backend.device_name(),
+        **software(),
+    }
+
+
+def software():
+    """The part of `environment` that touches no device.
+
+    Returns:
+        Dictionary with `"versions"`, `"git_commit"`, `"command"` and
+        `"started"`.
+    """
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return {
         "versions": versions(),
         "git_commit": _git_commit(),
         "command": " ".join(["python", *sys.argv]),

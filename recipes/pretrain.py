@@ -162,7 +162,9 @@ def prepare(args, before, ks, keras):
         }
         for source, weight, corpus in zip(args.data, weights, corpora)
     ]
-    monitor = ks.StabilityMonitor(args.out, policy=args.policy, every=every)
+    monitor = ks.StabilityMonitor(
+        args.out, policy=args.policy, every=every, inputs=args.inputs
+    )
     checkpoints = ks.Checkpoints(
         Path(args.out) / "checkpoints",
         every=args.checkpoint_every,

@@ -190,7 +190,7 @@ def build(description, ks):
     add("--weight-decay", type=float, default=0.1, help="on matrices (0.1)")
     add(
         "--decay",
-        help="coupled, or independent of the peak: then 1e-4 is usual (coupled)",
+        help="coupled; independent of the peak: 1e-4 is usual then (coupled)",
     )
     add("--beta-1", type=float, help="AdamW's, in [0, 1) (0.9)")
     add("--beta-2", type=float, help="AdamW's, in [0, 1) (0.95)")
@@ -235,6 +235,11 @@ def build(description, ks):
         default="auto",
         help="steps between tables of all layers; auto: as many as cost 2 %% "
         "of the time; none: watch the loss alone (auto)",
+    )
+    add(
+        "--inputs",
+        action="store_true",
+        help="tables hold the inputs of layers beside their outputs",
     )
     add = parser.add_argument_group("output").add_argument
     add("--out", help="run directory, new (runs/VARIANT-TIME)")
@@ -302,6 +307,40 @@ def parse(arguments, description, ks):
             "corpora: give one for each --data."
         )
     return args, before
+
+
+def flags_of(arguments, parser):
+    """The flags that arguments give, by name, without those left out."""
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_args(arguments))
+
+
+def arguments_of(flags, parser):
+    """The inverse of `flags_of`.
+
+    Raises:
+        ValueError: for a name that is no flag.
+    """
+    actions = {action.dest: action for action in parser._actions}
+    arguments = []
+    for name, value in flags.items():
+        if name not in actions or name == "help":
+            raise ValueError(
+                f"pretrain.py has no flag --{name.replace('_', '-')}: see "
+                "python recipes/pretrain.py --help"
+            )
+        flag = actions[name].option_strings[0]
+        if value is True:
+            arguments.append(flag)
+        elif actions[name].nargs == "+":
+            arguments += [flag, *map(str, value)]
+        elif value is not False and value is not None:
+            # `=`: a value may begin with a dash.
+            values = value if isinstance(value, (list, tuple)) else [value]
+            texts = (v if isinstance(v, str) else json.dumps(v) for v in values)
+            arguments += [f"{flag}={text}" for text in texts]
+    return arguments
 
 
 def record_of(out):

@@ -82,11 +82,13 @@ def attention(x, w, method, heads, visible):
     if method == "soft_clip":
         p = np.clip(1.06 * p - 0.03, 0, 1)
     y = np.einsum("bnts,bsnh->btnh", p, v).reshape(B, T, -1)
+    if "attention/inner_norm/scale" in w:
+        y = layer_norm(y, w, "attention/inner_norm")
     return linear(y, w, "attention/output", method)
 
 
 def block(x, w, method, heads, visible):
-    """One of the paper's ten, by name."""
+    """One of the paper's ten, by name; inner norms where there are weights."""
 
     def branch_end(y, name):
         if method == "layer_scale":
@@ -101,7 +103,10 @@ def block(x, w, method, heads, visible):
     y = attention(h, w, method, heads, visible)
     x = x + branch_end(y, "attention_residual")
     h = layer_norm(x, w, "mlp_residual/pre_norm")
-    h = gelu(linear(h, w, "mlp/fc1", method))
+    h = linear(h, w, "mlp/fc1", method)
+    if "mlp/inner_norm/scale" in w:
+        h = layer_norm(h, w, "mlp/inner_norm")
+    h = gelu(h)
     y = linear(h, w, "mlp/fc2", method)
     return x + branch_end(y, "mlp_residual")
 

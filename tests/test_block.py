@@ -1,5 +1,7 @@
 """The block against its formula, for every variant."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ def built(variant, **kwargs):
     layer = TransformerBlock(N, variant=variant, name="block", **kwargs)
     layer.build((B, T, D))
     reference.randomize(layer)
-    if variant == "sigma_reparam":
+    if getattr(variant, "name", variant) == "sigma_reparam":
         x = data()
         # Converges on the new kernels: one step of power iteration a call.
         for _ in range(300):
@@ -58,7 +60,37 @@ def test_block_is_the_formula(name, packed):
     np.testing.assert_allclose(y, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("branch", ["attention", "mlp"])
+@pytest.mark.parametrize("name", ["baseline", "qk_fc_norm", "sigma_reparam"])
+def test_an_inner_norm_is_the_formula(name, branch):
+    place = dataclasses.replace(
+        getattr(VARIANTS[name], branch), inner="layer"
+    )
+    variant = VARIANTS[name].replace(**{branch: place}, name=name)
+    layer, x = built(variant), data()
+    w = reference.weights_of(layer)
+    width = {"attention": D, "mlp": 4 * D}[branch]
+    assert w[f"{branch}/inner_norm/scale"].shape == (width,)
+    other = {"attention": "mlp", "mlp": "attention"}[branch]
+    assert not any(path.startswith(f"{other}/inner_norm") for path in w)
+    expected = reference.block(x.astype("float64"), w, name, N, CAUSAL)
+    np.testing.assert_allclose(numpy(layer(x)), expected, atol=1e-5, rtol=1e-5)
+    # Not what the block is without it.
+    plain = {k: v for k, v in w.items() if "inner_norm" not in k}
+    plain = reference.block(x.astype("float64"), plain, name, N, CAUSAL)
+    assert np.abs(expected - plain).max() > 0.1
+    again = built(variant, remat=branch == "mlp")
+    again.set_weights(layer.get_weights())
+    again = numpy(again(x, training=False))
+    np.testing.assert_allclose(again, expected, atol=1e-5, rtol=1e-5)
+
+
+INNER = VARIANTS["baseline"].replace(inner="layer")
+
+
+@pytest.mark.parametrize(
+    "name", [*VARIANTS, INNER], ids=lambda v: getattr(v, "name", v)
+)
 def test_later_tokens_and_other_documents_have_no_gradient(name):
     layer = built(name)
     for segments, token, seen in (

@@ -27,10 +27,12 @@ FUNCTIONS["geglu_tanh"] = FUNCTIONS["gelu_tanh"]
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("use_bias", [False, True])
-def test_is_its_formula(kind, use_bias):
+@pytest.mark.parametrize("inner", [None, "rms"])
+def test_is_its_formula(kind, use_bias, inner):
     baseline = ks.get_variant("baseline")
     architecture = ks.Architecture(activation=kind, use_bias=use_bias)
-    mlp = ks.MLP(24, variant=baseline.replace(architecture=architecture))
+    variant = baseline.replace(architecture=architecture, inner=inner)
+    mlp = ks.MLP(24, variant=variant)
     mlp.build((None, None, 8))
     randomize(mlp)
     w = weights_of(mlp)
@@ -40,6 +42,9 @@ def test_is_its_formula(kind, use_bias):
         return x @ w[f"{name}/kernel"] + w.get(f"{name}/bias", 0)
 
     h = linear(x, "fc1")
+    if inner:
+        h = h / np.sqrt((h**2).mean(-1, keepdims=True) + 1e-6)
+        h = h * w["inner_norm/scale"]
     if "gate/kernel" in w:
         h = FUNCTIONS[kind](linear(x, "gate")) * h
     else:

@@ -88,6 +88,7 @@ def test_baseline():
     for placement in (baseline.attention, baseline.mlp):
         assert dataclasses.asdict(placement) == {
             "pre": "layer",
+            "inner": None,
             "branch": None,
             "stream": None,
             "skip": 1.0,
@@ -139,6 +140,7 @@ def test_json_round_trip_of_choices_that_no_default_has():
     variant = VARIANTS["sigma_reparam"].replace(
         gain=ks.Learned(0.5),
         skip="deepnorm",
+        inner="rms",
         clip=ks.Clip(zeta=1.0, alpha=12.0),
         targets=("query", "fc2"),
         output_cap=30.0,
