@@ -188,13 +188,14 @@ class _Group:
         self._halted = [None] * len(models)
         self._views = [_View(self) for _ in models]
         self.rows = self.alive = list(range(len(models)))
-        first = batch_of(models[0], data[0], 0)
+        sample = batch_of(models[0], data[0], 0)
         most = max(self._lengths)
-        self._stack = backend.Stack(models, first, most, vectorised)
+        self._stack = backend.Stack(models, sample, most, vectorised)
         self._arriving = collections.deque()
         self._compiled, self._compiling = set(), 0.0
         self._times = collections.deque(maxlen=16)
-        self._budget = Budget("auto", monitors[0]._budget.max_overhead)
+        first = monitors[0]
+        self._budget = Budget(first.every, first._budget.max_overhead)
 
     def train(self):
         with contextlib.ExitStack() as undo:

@@ -5,6 +5,7 @@ model leaves idle, and wherever compiling takes longer than training.
 Takes the flags of `pretrain.py`, and once for each run its learning rate,
 seed and run directory; writes what `pretrain.py --save none` writes there.
 
+    python recipes/sweep.py --experiment paper-lr --together 6 --out runs/b
     python recipes/pretrain_many.py --variant qk_norm --steps 400 \
         --run 3e-3 0 runs/a --run 3e-3 1 runs/b --run 3e-2 0 runs/c
 
@@ -35,18 +36,23 @@ def split(arguments):
     return known.run, others
 
 
-def flags_of(run, others):
+def of_one(run, others):
+    """The flags of `pretrain.py` for one run."""
     rate, seed, out = run
     own = ["--learning-rate", rate, "--seed", seed, "--out", out]
-    # Samples and files of models are for single runs.
-    return [*others, "--save", "none", *own]
+    return ["--save", "none", *others, *own]
 
 
 def prepare(runs, others, ks, keras):
     """`(args, what `pretrain.prepare` returns)` of each without a result."""
     found = []
     for run in runs:
-        args, before = parse(flags_of(run, others), __doc__, ks)
+        args, before = parse(of_one(run, others), __doc__, ks)
+        if args.save != "none":
+            raise ValueError(
+                "Samples and files of models are for single runs: leave out "
+                f"--save {args.save}, or use pretrain.py."
+            )
         status = (before or {}).get("status")
         if status in ("finished", "diverged"):
             print(f"The run in {args.out} has {status}.")
@@ -59,7 +65,7 @@ def main(arguments=None):
     begin = time.perf_counter()
     arguments = sys.argv[1:] if arguments is None else arguments
     runs, others = split(arguments)
-    choose_backend(flags_of(runs[0], others) if runs else others)
+    choose_backend(of_one(runs[0], others) if runs else others)
     import keras
 
     import keras_stable as ks

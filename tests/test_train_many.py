@@ -419,7 +419,7 @@ def test_other_backends_name_the_way_out():
 def recipes():
     sys.path.append(str(RECIPES))  # What `python recipes/...` has by itself.
     found = []
-    for name in ("pretrain", "pretrain_many"):
+    for name in ("pretrain", "pretrain_many", "sweep"):
         spec = importlib.util.spec_from_file_location(
             name, RECIPES / f"{name}.py"
         )
@@ -432,7 +432,7 @@ def recipes():
 def test_the_recipe_writes_ordinary_run_directories(
     recipes, tmp_path, monkeypatch, capsys
 ):
-    pretrain, pretrain_many = recipes
+    pretrain, pretrain_many, _ = recipes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be: that is the question.\n" * 60)
@@ -484,9 +484,42 @@ def test_the_recipe_writes_ordinary_run_directories(
 @jax_only
 def test_the_recipe_refuses(recipes, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    _, pretrain_many = recipes
+    _, pretrain_many, _ = recipes
     with pytest.raises(SystemExit, match="--run RATE SEED DIRECTORY"):
         pretrain_many.main(["--steps", "3"])
     run = ["--run", "1e-3", "0", str(tmp_path / "a")]
-    with pytest.raises(SystemExit, match="`every=None` measures nothing"):
-        pretrain_many.main([*run, "--every", "none", "--steps", "3"])
+    for flags, message in (
+        ("--every none", "`every=None` measures nothing"),
+        ("--save all", "are for single runs: leave out --save all"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            pretrain_many.main([*run, *flags.split(), "--steps", "3"])
+
+
+@jax_only
+def test_a_sweep_gives_it_what_it_gives_single_runs(recipes, tmp_path):
+    import pretrain_flags
+
+    _, pretrain_many, sweep = recipes
+    arm = ks.Arm("cap", ks.get_variant("soft_cap").replace(cap=3.0))
+    declared = ks.Sweep(
+        tmp_path, [arm], ks.Ladder((1e-3, 1e-2), (0, 7)), flags={"steps": 5}
+    )
+    planned = declared.wanted()
+    command = sweep.command_of(declared, ks, 4)
+    script, *words = command(planned)
+    assert Path(script).name == "pretrain_many.py"
+    runs, others = pretrain_many.split(words)
+    assert len(runs) == len(planned) == 4
+    for one, run in zip(planned, runs):
+        ours = pretrain_flags.parse(pretrain_many.of_one(run, others), "", ks)
+        script, *words = command([one])
+        assert Path(script).name == "pretrain.py"
+        assert ours == pretrain_flags.parse(words, "", ks)
+    for flag in ({"save": "all"}, {"backend": "torch"}):
+        other = ks.Sweep(
+            tmp_path / str(flag), [arm], ks.Ladder((1e-3,)), flags=flag
+        )
+        sweep.command_of(other, ks)
+        with pytest.raises(ValueError, match="--together trains with"):
+            sweep.command_of(other, ks, 2)
