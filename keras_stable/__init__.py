@@ -141,6 +141,8 @@ from keras_stable.detectors import Judge as Judge
 from keras_stable.detectors import Verdict as Verdict
 from keras_stable.monitor import StabilityMonitor as StabilityMonitor
 from keras_stable.events import TrainingHalted as TrainingHalted
+from keras_stable.many import losses_of_many as losses_of_many
+from keras_stable.many import train_many as train_many
 from keras_stable.sinks import TensorBoard as TensorBoard
 from keras_stable.sinks import WeightsAndBiases as WeightsAndBiases
 

@@ -165,10 +165,9 @@ class Watch:
         may be at work on them.
         """
         found = []
-        while len(self._pending) > keep:
+        for vectors_of in self.arrays(keep):
             samples = []
-            for full, handle in self._pending.popleft():
-                vectors = backend.finish_read(handle)
+            for full, vectors in vectors_of:
                 if vectors.ndim == 1:
                     vectors = vectors[None]
                 else:
@@ -177,6 +176,12 @@ class Watch:
                 samples += [packing.unpack(v, layout, full) for v in vectors]
             found.append(samples)
         return found
+
+    def arrays(self, keep=0):
+        """What they measured as it came, `(full, array)` a compiled step."""
+        while len(self._pending) > keep:
+            handles = self._pending.popleft()
+            yield [(full, backend.finish_read(x)) for full, x in handles]
 
     def _new(self, full, ring):
         """The rows of several steps that were not read yet."""

@@ -206,6 +206,35 @@ def evaluate(lm, batches, keras):
     return found["loss"], losses
 
 
+def conclude(run, monitor, losses, sample=None):
+    """Writes how a run ended, and returns its validation loss.
+
+    Args:
+        losses: for each corpus `(mean, losses of its batches)`.
+    """
+    corpus, batch_losses = run.record["corpus"], []
+    for row, (mean, each) in zip(corpus["corpora"], losses):
+        row["validation_loss"], row["validation_batches"] = mean, len(each)
+        batch_losses += each
+    loss = together(corpus["corpora"], "validation_loss")
+    lost = monitor.verdict.lost or not math.isfinite(loss)
+    run.update(
+        corpus=corpus,
+        status="diverged" if lost else "finished",
+        verdict=str(monitor.verdict),
+        worst_verdict=str(monitor.worst),
+        steps_done=monitor.step,
+        last_batch_loss=monitor.last.get("loss"),
+        monitor_overhead=monitor.overhead,
+        validation_loss=loss,
+        # Of equal numbers of tokens, corpus by corpus.
+        validation_batch_losses=batch_losses,
+        perplexity=math.exp(min(loss, 700)),
+        sample=sample,
+    )
+    return loss
+
+
 def report(run, args, loss, sample):
     corpus = run.record["corpus"]
     rows = {"validation loss": loss}
@@ -273,12 +302,7 @@ def main(arguments=None):
         )
     finally:
         checkpoints.close()
-    corpus, batch_losses = run.record["corpus"], []
-    for row, evaluation in zip(corpus["corpora"], evaluations):
-        row["validation_loss"], losses = evaluate(lm, evaluation, keras)
-        row["validation_batches"] = len(losses)
-        batch_losses += losses
-    loss = together(corpus["corpora"], "validation_loss")
+    losses = [evaluate(lm, evaluation, keras) for evaluation in evaluations]
     sample = None
     whole = ks.process_count() == 1 or keras.backend.backend() != "jax"
     if args.save == "all" and not whole:
@@ -292,21 +316,7 @@ def main(arguments=None):
         )
         if run.writes:
             lm.save(run.path / "model.keras")
-    lost = monitor.verdict.lost or not math.isfinite(loss)
-    run.update(
-        corpus=corpus,
-        status="diverged" if lost else "finished",
-        verdict=str(monitor.verdict),
-        worst_verdict=str(monitor.worst),
-        steps_done=monitor.step,
-        last_batch_loss=monitor.last.get("loss"),
-        monitor_overhead=monitor.overhead,
-        validation_loss=loss,
-        # Of equal numbers of tokens, corpus by corpus.
-        validation_batch_losses=batch_losses,
-        perplexity=math.exp(min(loss, 700)),
-        sample=sample,
-    )
+    loss = conclude(run, monitor, losses, sample)
     if run.writes:
         if args.save == "none":
             # What it went on from, if it was stopped: a full state each.

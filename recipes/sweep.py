@@ -28,8 +28,10 @@ from pretrain_flags import arguments_of
 from pretrain_flags import build
 from pretrain_flags import choose_backend
 from pretrain_flags import flags_of
+from pretrain_flags import positive
 
 PRETRAIN = str(Path(__file__).with_name("pretrain.py"))
+TOGETHER = str(Path(__file__).with_name("pretrain_many.py"))
 # What the sweep itself says of every run.
 OWN = "variant label learning_rate seed out resume multi_host".split()
 SEARCHES = ("ladder", "bisect", "tpe")
@@ -109,6 +111,14 @@ def parse(arguments, rest, ks):
     add = parser.add_argument_group("where it runs").add_argument
     add("--engine", default="local", help="local, or ray: a cluster (local)")
     add("--slots", type=int, help="runs at once, on this machine (1)")
+    add(
+        "--together",
+        type=positive(int),
+        default=1,
+        metavar="K",
+        help="runs of one method in one program, in each slot; jax alone. "
+        "Nothing of them is saved before they end (1)",
+    )
     add("--devices", help="GPUs, e.g. 0,1: slots take turns (all that it sees)")
     add("--cpus", type=int, help="of a run, on ray (1)")
     add("--gpus", type=float, help="of a run, on ray, e.g. 0.5 (1, if any)")
@@ -198,26 +208,40 @@ def search(args, experiment, ks):
     return ks.TPESearch(rates[0], rates[-1], args.trials, seeds=own)
 
 
-def command_of(sweep, ks):
+def command_of(sweep, ks, together=1):
     """From runs of a sweep to the arguments of Python."""
     parser = build(None, ks)
+    flags = [{**sweep.flags, **arm["flags"]} for arm in sweep.arms.values()]
+    for name, value in (("save", "none"), ("backend", "jax")):
+        found = {own.get(name, value) for own in flags} - {value}
+        if together > 1 and found:
+            raise ValueError(
+                f"--together trains with --{name} {value} alone. Received: "
+                f"--{name} {found.pop()}"
+            )
 
     def command(runs):
-        (run,) = runs
-        arm = sweep.arms[run.label]
+        arm = sweep.arms[runs[0].label]
         variant = ks.get_variant(arm["variant"])
         flags = {
             "save": "none",
             **{**sweep.flags, **arm["flags"]},
-            "out": str(sweep.path / run.folder),
-            "label": run.label,
-            "learning_rate": run.learning_rate,
-            "seed": run.seed,
+            "label": runs[0].label,
             "variant": arm["variant"],
             "resume": True,
         }
         if ks.VARIANTS.get(variant.name) == variant:
             flags["variant"] = variant.name
+        own = [
+            (run.learning_rate, run.seed, sweep.path / run.folder)
+            for run in runs
+        ]
+        own = [[*map(str, each)] for each in own]
+        if len(own) > 1:
+            own = [part for each in own for part in ("--run", *each)]
+            return [TOGETHER, *arguments_of(flags, parser), *own]
+        names = ("learning_rate", "seed", "out")
+        flags |= dict(zip(names, own[0]))
         return [PRETRAIN, *arguments_of(flags, parser)]
 
     return command
@@ -259,7 +283,8 @@ def main(arguments=None):
         )
         if args.retry:
             sweep.retry()
-        ks.run_sweep(sweep, workers, command_of(sweep, ks))
+        command = command_of(sweep, ks, args.together)
+        ks.run_sweep(sweep, workers, command, args.together)
         return int(show(sweep, args, ks))
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"sweep: {error}")

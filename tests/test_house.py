@@ -57,6 +57,8 @@ FLOORS = [
     {"backbone", "selftest", "planning", "sweep_tables", "report"},
     {"checkpoints", "generation", "preprocessing", "supervisor"},
     {"models", "monitor"},
+    {"alike"},
+    {"many"},
     {"__init__"},
 ]
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -11,6 +11,7 @@ from keras.src import ops as source_ops
 
 # What each backend's module defines: all of them, and nothing else is exported.
 FUNCTIONS = [
+    "Stack",
     "add_product",
     "apart",
     "attention",
@@ -33,6 +34,7 @@ FUNCTIONS = [
     "is_writer",
     "keep_programs",
     "local_rows",
+    "losses_of_many",
     "matmul_float32",
     "mean_ratios",
     "merge",
@@ -230,6 +232,41 @@ def warmup_steps(optimizer):
     """Steps of warm-up of the learning rate's schedule, 0 if it tells none."""
     rate = getattr(unwrapped(optimizer)[0], "_learning_rate", None)
     return int(getattr(rate, "warmup_steps", None) or 0)
+
+
+def learning_of(optimizer):
+    """An optimizer's schedule and the peak of independent decay, or None.
+
+    Raises:
+        ValueError: for a learning rate that is a function without arguments.
+    """
+    (inner,) = unwrapped(optimizer)
+    rate, peak = inner._learning_rate, getattr(inner, "peak_learning_rate", 0)
+    schedules = keras.optimizers.schedules.LearningRateSchedule
+    if isinstance(rate, schedules):
+        return rate, peak or None
+    if not isinstance(rate, keras.Variable):
+        raise ValueError(
+            "The learning rate must be a number or a schedule, whose values "
+            f"are known before training. Received: {rate!r}"
+        )
+    return None, peak or None
+
+
+@contextlib.contextmanager
+def learning_at(optimizer, schedule, peak):
+    """Within it, an optimizer has another schedule and peak, unless None."""
+    (inner,) = unwrapped(optimizer)
+    undo = []
+    if schedule is not None:
+        undo.append(replace(inner, "_learning_rate", schedule))
+    if peak is not None:
+        undo.append(replace(inner, "peak_learning_rate", peak))
+    try:
+        yield
+    finally:
+        for function in undo:
+            function()
 
 
 def clipping(optimizer):

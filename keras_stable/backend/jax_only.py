@@ -17,3 +17,14 @@ def _refuse(*args):
 
 
 compile_step = devices_of = shapes_of = without_weights = _refuse
+
+
+def _one_each(*args, **kwargs):
+    raise ValueError(
+        "Several models are trained in one program by jax alone: use "
+        "KERAS_BACKEND=jax. Here, train each with `fit` in a process of its "
+        "own."
+    )
+
+
+Stack = losses_of_many = _one_each

@@ -8,10 +8,12 @@ from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import check_data
 from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
+from keras_stable.backend.jax_only import Stack as Stack
 from keras_stable.backend.jax_only import attention as attention
 from keras_stable.backend.jax_only import compile_step as compile_step
 from keras_stable.backend.jax_only import devices_of as devices_of
 from keras_stable.backend.jax_only import flash_attention as flash_attention
+from keras_stable.backend.jax_only import losses_of_many as losses_of_many
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
 from keras_stable.backend.whole_steps import export_options as export_options
