@@ -330,3 +330,13 @@ _ALL = (
     ),
 )
 EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
+
+
+def to_markdown():
+    """The lab book's table of experiments."""
+    rows = ["| name | question | arms | rates | seeds |", "|---|---|---|---|---|"]
+    for e in EXPERIMENTS.values():
+        sizes = len(e.arms), len(e.rates), len(e.seeds)
+        numbers = " | ".join(map(str, sizes))
+        rows.append(f"| `{e.name}` | {e.question} | {numbers} |")
+    return "\n".join(rows)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import keras_stable as ks
+from keras_stable import experiments
 
 # Declarations are the same on all backends; where models are built, torch
 # alone runs them without compiling.
@@ -254,3 +255,8 @@ def test_placebos_have_the_parameters_of_what_they_stand_for():
         "proj+fc2": 2 * 2 * 8,
         "fc1": 4 * 8,
     }
+
+
+def test_the_lab_books_table_is_generated():
+    book = Path(__file__).parents[1] / "recipes" / "README.md"
+    assert experiments.to_markdown() in book.read_text()
