@@ -334,7 +334,8 @@ EXPERIMENTS = {experiment.name: experiment for experiment in _ALL}
 
 def to_markdown():
     """The lab book's table of experiments."""
-    rows = ["| name | question | arms | rates | seeds |", "|---|---|---|---|---|"]
+    names = "name question arms rates seeds".split()
+    rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for e in EXPERIMENTS.values():
         sizes = len(e.arms), len(e.rates), len(e.seeds)
         numbers = " | ".join(map(str, sizes))
