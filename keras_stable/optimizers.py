@@ -174,7 +174,10 @@ class AdamW(_KerasAdamW):
             return
         rate = self.learning_rate
         if self.decay == "independent":
-            rate = rate / self.peak_learning_rate
+            peak = self.peak_learning_rate
+            # Another program may have put its own in its place.
+            peak = backend.number(peak) if isinstance(peak, float) else peak
+            rate = rate / peak
         # Not w * (1 - rate * decay): float32 would round the bracket, by
         # percents of a decay of 1e-6.
         for variable in filter(self._use_weight_decay, variables):

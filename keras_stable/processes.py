@@ -174,7 +174,7 @@ def launch(task, settings):
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **settings},
-                pass_fds=claims,
+                pass_fds=claims if fcntl is not None else (),
             )
     finally:
         for claim in claims:
@@ -222,6 +222,8 @@ def settings_of(threads, share=1.0, device=None, cache=None):
         folder = os.path.join(os.fspath(cache), f"jax-cpu-{processor()}")
         found["JAX_COMPILATION_CACHE_DIR"] = folder
         found["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        # The programs of one learning rate are those of another.
+        found["JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS"] = "1"
     found = {k: v for k, v in found.items() if k not in os.environ}
     if device is not None:
         found["CUDA_VISIBLE_DEVICES"] = device

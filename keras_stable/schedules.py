@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_stable import backend
 from keras_stable.choices import check_choice
 from keras_stable.choices import check_integer
 from keras_stable.choices import check_number
@@ -268,8 +269,9 @@ class WarmupSchedule(keras.optimizers.schedules.LearningRateSchedule):
         height = self.final + above * SCHEDULES[self.shape](q)
         # Before a warm-up ends, q is 0 and `height` the peak.
         climb = ops.minimum((update - begin) / warmup, 1.0)
-        rate = self.peak * climb * height
-        return rate + self.peak * (1.0 - climb) * origin
+        # Not compiled into the programs of a sweep over it.
+        peak = backend.number(self.peak)
+        return peak * climb * height + peak * (1.0 - climb) * origin
 
     def get_config(self):
         return {

@@ -69,7 +69,9 @@ def run_sweep(sweep, workers, command, batch=1, display=None, seconds=0.5):
                 if told and not asked:
                     waiting, taken, asked = [], [], True
                     workers.stop()
-                elif not told and (ended or taken):
+                # A cluster may have grown since.
+                room = waiting and len(workers.tasks) < workers.capacity
+                if not told and (ended or taken or room):
                     waiting, taken = _fill(
                         sweep, workers, command, batch, display
                     )

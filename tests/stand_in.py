@@ -3,7 +3,8 @@
     python stand_in.py SECONDS FOLDER LABEL RATE SEED [FOLDER ...]
 
 An arm is stable up to 0.02, but for "weak", up to 0.004. Labels that say so
-fail, always ("broken") or the first time ("shaky"), or end in NaN ("nans").
+fail, always ("broken") or the first time ("shaky"), end in NaN ("nans"), or do
+not end when they are told to ("stubborn").
 A directory that two processes write gets a file `collision`.
 """
 
@@ -60,6 +61,9 @@ def run(seconds, folder, label, rate, seed):
         sys.exit(75)
 
     signal.signal(signal.SIGTERM, stop)
+    if label == "stubborn":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     lost = rate > (0.004 if label == "weak" else 0.02)
     with open(folder / "health.jsonl", "w", buffering=1) as file:
         for step in range(1, STEPS + 1):

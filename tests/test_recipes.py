@@ -200,6 +200,89 @@ def test_an_interrupted_run_goes_on(pretrain, text, tmp_path, monkeypatch):
     assert all((a == b).all() for a, b in zip(first, second, strict=True))
 
 
+def test_a_run_of_a_sweep(pretrain, text, tmp_path, monkeypatch):
+    # Any variant, AdamW's numbers, and nothing kept but records.
+    variant = ks.get_variant("soft_cap").replace(cap=30.0, name="mine")
+    flags = [*TINY, "--data", text, "--steps", "6", "--every", "none"]
+    flags += ["--variant", json.dumps(variant.to_dict()), "--save", "none"]
+    flags += "--beta-1 0.8 --beta-2 0.99 --epsilon 1e-6 --final 0".split()
+    flags += "--decay independent --weight-decay 1e-4".split()
+    seen = []
+    original = ks.StableCausalLM.compile
+    monkeypatch.setattr(
+        ks.StableCausalLM,
+        "compile",
+        lambda lm, *a, **k: (seen.append(lm), original(lm, *a, **k))[1],
+    )
+    out = tmp_path / "a"
+    with monkeypatch.context() as patched:
+        at_step(patched, 4, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as stopped:
+            pretrain.main(
+                [*flags, "--clip-norm", "none", "--out", str(out), "--resume"]
+            )
+    assert stopped.value.code == 75
+    assert ks.read_run(out)["steps_done"] == 4
+    # A checkpoint when it was stopped, and no other.
+    saved = [p.name for p in (out / "checkpoints").glob("0*")]
+    assert saved == ["00000004"]
+    pretrain.main(["--resume", "--out", str(out)])
+    run = ks.read_run(out)
+    assert run["status"] == "finished" and run["resumed"][0]["step"] == 4
+    assert {p.name for p in out.iterdir()} == {
+        *("run.json", "health.jsonl", "monitor.json")
+    }
+    config = run["config"]
+    assert config["label"] == "mine" and "sample" in run
+    assert ks.get_variant(config["variant"]) == variant
+    assert run["sample"] is None
+    lm = seen[-1]
+    assert lm.backbone.variant == variant
+    optimizer = lm.optimizer
+    assert (optimizer.beta_1, optimizer.beta_2) == (0.8, 0.99)
+    assert (optimizer.epsilon, optimizer.decay) == (1e-6, "independent")
+    assert optimizer.global_clipnorm is None
+    assert optimizer.learning_rate == 0
+
+    # Killed without one, it begins again; a label, and a norm to clip to.
+    labelled = str(tmp_path / "b")
+    flags += ["--label", "it", "--clip-norm", "0.5", "--out", labelled]
+
+    def kill():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ks.StableCausalLM, "evaluate", lambda *a, **k: kill())
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main([*flags, "--resume"])
+    assert not (tmp_path / "b/checkpoints").exists()
+    pretrain.main([*flags, "--resume"])
+    run = ks.read_run(labelled)
+    assert [entry["step"] for entry in run["resumed"]] == [0]
+    assert run["config"]["label"] == "it" and run["status"] == "finished"
+    assert seen[-1].optimizer.global_clipnorm == 0.5
+    steps, _ = ks.read_health(labelled).series("loss")
+    assert steps.tolist() == list(range(1, 7))
+
+
+def test_losses_of_validation_batches(pretrain, text, tmp_path):
+    other = tmp_path / "other.txt"
+    other.write_text("So long lives this, and this gives life to thee.\n" * 90)
+    out = tmp_path / "run"
+    pretrain.main(
+        [*TINY, "--data", text, "--data", str(other), "--steps", "3"]
+        + ["--every", "none", "--save", "none", "--out", str(out)]
+    )
+    run = ks.read_run(out)
+    losses = iter(run["validation_batch_losses"])
+    for row in run["corpus"]["corpora"]:
+        own = [next(losses) for _ in range(row["validation_batches"])]
+        assert len(own) > 1 and len({*own}) > 1
+        mean = sum(own) / len(own)
+        assert row["validation_loss"] == pytest.approx(mean, rel=1e-5)
+    assert next(losses, None) is None
+
+
 def test_what_cannot_go_on(pretrain, text, tmp_path, monkeypatch, capsys):
     out = str(tmp_path / "run")
     flags = [*TINY, "--data", text, "--steps", "6", "--checkpoint-every", "2"]
@@ -285,6 +368,10 @@ BAD = {
     "--tokens 3": "less than one batch",
     "--weight-decay -1": "`weight_decay` must be at least 0",
     "--dropout 1": "`dropout` must be in",
+    '--variant {"nam":"x"}': "Did you mean 'name'",
+    "--beta-2 1": "`beta_2` must be at least 0 and less than 1",
+    "--decay couplet": "Did you mean 'coupled'",
+    "--save nothing": "Unknown what to --save",
     "--warmup-steps 2000": "`warmup_steps` must be less than",
     "--out HELD": "already holds another run",
 }
@@ -326,6 +413,8 @@ def test_bad_input_is_one_clear_sentence(pretrain, text, tmp_path, flags):
         "--data a --weights 0": "invalid positive number value: '0'",
         "--z-loss inf": "invalid positive number value: 'inf'",
         "--cycles 0": "invalid positive integer value: '0'",
+        "--clip-norm 0": "positive number or none value: '0'",
+        "--variant {": "a name or JSON, not value: '{'",
     }.items(),
 )
 def test_bad_numbers(pretrain, flags, message, capsys):

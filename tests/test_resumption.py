@@ -253,6 +253,17 @@ def test_what_is_kept(tmp_path):
     assert complete(tmp_path) == [3, 6, 7, 8]
 
 
+def test_without_checkpoints_but_when_it_is_stopped(tmp_path):
+    fit(tiny(), ks.Checkpoints(tmp_path / "a", every=None))
+    assert not (tmp_path / "a").exists()
+    checkpoints = ks.Checkpoints(tmp_path / "b", every=None)
+    stop = at(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(ks.TrainingInterrupted) as stopped:
+        fit(tiny(), checkpoints, stop)
+    assert stopped.value.step == stopped.value.saved
+    assert complete(tmp_path / "b") == [stopped.value.step]
+
+
 def fabricate(directory, step, verdict="OK", sealed=True):
     path = snapshots.folder(directory, step)
     (path / "arrays/d").mkdir(parents=True)

@@ -2,13 +2,18 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
+from keras_stable.optimizers import AdamW
 from keras_stable.schedules import SCHEDULES
 from keras_stable.schedules import WarmupSchedule
 
@@ -376,3 +381,51 @@ def test_configs_of_before_restarts_load():
 def test_errors(given, message):
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         WarmupSchedule(**{"peak": 0.1, "total_steps": 100, **given})
+
+
+def program(peak):
+    """An update as JAX lowers it, and the weights that it makes of ones."""
+    import jax
+
+    schedule = WarmupSchedule(peak, 100)
+    optimizer = AdamW(schedule, weight_decay=0.1, decay="independent")
+    weight = keras.Variable(np.ones((2, 2)), name="w")
+    optimizer.build([weight])
+    variables = [*optimizer.variables, weight]
+
+    def update(gradient, values):
+        scope = keras.StatelessScope([*zip(variables, values)])
+        with scope:
+            optimizer.apply([gradient])
+        return scope.get_current_value(weight)
+
+    values = [variable.value for variable in variables]
+    lowered = jax.jit(update).lower(weight.value, values)
+    weights = lowered.compile()(weight.value, values)
+    return lowered.as_text(), np.asarray(weights).ravel().tolist()
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="Others keep no such programs."
+)
+def test_programs_of_one_peak_are_those_of_another():
+    peaks = (1e-3, 5e-2)
+    baked, expected = zip(*map(program, peaks))
+    assert baked[0] != baked[1]
+    code = (
+        "import json, test_schedules; "
+        f"print(json.dumps([test_schedules.program(p) for p in {peaks}]))"
+    )
+    name = "JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, name: "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    given, found = zip(*json.loads(done.stdout))
+    assert given[0] == given[1]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert found[0] != found[1]

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import keras
 import pytest
+import stand_in
 
 import keras_stable as ks
 from keras_stable import processes
@@ -485,8 +486,9 @@ def test_killed_ten_times_at_random_the_table_is_the_same(tmp_path):
         env={**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
+    hit, once, twice = map(int, done.stdout.split())
     # Nearly all found it at work.
-    assert int(done.stdout) >= 5
+    assert hit >= 5
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for name in ("table.json", "table.csv"):
         assert (whole / name).read_bytes() == (killed / name).read_bytes()
@@ -498,6 +500,14 @@ def test_killed_ten_times_at_random_the_table_is_the_same(tmp_path):
     ]
     # Nor were files of one run ever written by two processes.
     assert not [*tmp_path.rglob("collision")]
+
+    assert (once, twice) == (75, -signal.SIGINT)
+    for name in ("once", "twice"):
+        # They were asked to end: no failures.
+        assert not [*(tmp_path / name).rglob("failure.json")]
+        # Ended, with the first Ctrl-C or the second.
+        for file in (tmp_path / name).rglob("owner"):
+            assert not stand_in.at_work(file.read_text())
 
 
 # What is shown.

@@ -49,6 +49,9 @@ def plain(monkeypatch):
     """Without what the environment of the tests asks for."""
     for name in NAMES:
         monkeypatch.delenv(name, raising=False)
+    yield
+    # Ray leaves a handler of its own behind, also where there is no cluster.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def task(folder, *command):

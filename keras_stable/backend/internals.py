@@ -39,6 +39,7 @@ FUNCTIONS = [
     "mean_ratios",
     "merge",
     "must_merge",
+    "number",
     "observe_updates",
     "peak_memory",
     "queueing",

@@ -13,6 +13,7 @@ from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_many import Stack as Stack
 from keras_stable.backend.jax_many import losses_of_many as losses_of_many
+from keras_stable.backend.jax_mesh import number as number
 from keras_stable.backend.jax_mesh import platform
 from keras_stable.backend.jax_planning import compile_step as compile_step
 from keras_stable.backend.jax_planning import devices_of as devices_of

@@ -2,6 +2,7 @@
 
 import jax
 import keras
+from jax import numpy as jnp
 
 
 def mesh():
@@ -23,3 +24,15 @@ def platform():
         return jax.default_backend()
     name = found.devices.flat[0].platform
     return "gpu" if name in ("cuda", "rocm") else name
+
+
+def number(value):
+    """A float as a float32 scalar that programs are given, if they can be.
+
+    With JAX_USE_SIMPLIFIED_JAXPR_CONSTANTS=1 it is an argument of the program
+    that is compiled, which so serves for all values; otherwise a part of it.
+    """
+    with jax.ensure_compile_time_eval():
+        # What is no larger than 32 bytes would be a part of it.
+        values = jnp.full(16, value, "float32")
+    return values[0]

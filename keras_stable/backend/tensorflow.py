@@ -177,6 +177,11 @@ def gelu(x):
     return tf.cast(tf.nn.gelu(tf.cast(x, "float32")), x.dtype)
 
 
+def number(value):
+    """A float as a scalar that programs are given, if they can be."""
+    return value
+
+
 def constant(array):
     """A numpy array as a tensor. Torch keeps one of it: give it few arrays."""
     return tf.constant(array)

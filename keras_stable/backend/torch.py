@@ -184,6 +184,11 @@ def gelu(x):
     return torch.nn.functional.gelu(x)
 
 
+def number(value):
+    """A float as a scalar that programs are given, if they can be."""
+    return value
+
+
 def constant(array):
     """A numpy array as a tensor. Torch keeps one of it: give it few arrays."""
     key = id(array), get_device()
