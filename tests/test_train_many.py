@@ -111,12 +111,13 @@ def check_equal(ours, theirs, tolerance=2e-5, others=2e-4):
     """Whether two runs have the same weights, slots, seeds and records.
 
     Where a gradient is less than its rounding, Adam's update is +-rate: a
-    share `others` of a variable may be otherwise, three in its 16384 here.
+    share `others` of a variable may be otherwise, three in its 16384 here, or
+    one number of a small one.
     """
     for a, b in zip(values(ours[0]), values(theirs[0]), strict=True):
         most = np.nanmax(np.abs(b), initial=1e-3)
         near = np.isclose(a, b, 0, tolerance * most, equal_nan=True)
-        assert np.mean(~near) <= others
+        assert np.sum(~near) <= max(1, others * near.size)
     a, b = ours[2], theirs[2]
     assert (a.step, a.verdict, a.worst) == (b.step, b.verdict, b.worst)
     a, b = ks.read_health(a.path), ks.read_health(b.path)

@@ -14,10 +14,14 @@ import pytest
 import keras_stable as ks
 from keras_stable import processes
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "jax",
-    reason="Engines start processes: the same on all backends.",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        keras.backend.backend() != "jax",
+        reason="Engines start processes: the same on all backends.",
+    ),
+    # Ray forks to start others, where earlier tests have made jax's threads.
+    pytest.mark.filterwarnings("ignore:os.fork:RuntimeWarning"),
+]
 HAS_RAY = importlib.util.find_spec("ray") is not None
 NAMES = (
     "OMP_NUM_THREADS PJRT_NPROC CUDA_VISIBLE_DEVICES "
