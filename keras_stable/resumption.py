@@ -139,8 +139,6 @@ class Checkpoints(keras.callbacks.Callback):
             ValueError: if it is of another model, optimizer, `config`, text
                 or version of keras_stable; the message says what differs.
         """
-        if self._orbax is None:
-            self._orbax = saving.checkpointer()
         step, bad = saving.agree_on(self._newest)
         if step >= 0:
             self._load(model, step)
@@ -175,7 +173,7 @@ class Checkpoints(keras.callbacks.Callback):
         if self.data is not None:
             self.data.set_state(state["data"])
         arrays = saving.load_arrays(
-            self._orbax, path / snapshots.ARRAYS, variables
+            self._checkpointer(), path / snapshots.ARRAYS, variables
         )
         for name, variable in variables.items():
             variable.assign(arrays[name])
@@ -184,11 +182,18 @@ class Checkpoints(keras.callbacks.Callback):
         self._seeds = state["seeds"]
         self.epoch, self.saved = state["epoch"], step
 
+    def _checkpointer(self):
+        """Orbax's, made when it is needed: its import takes a second."""
+        if self._orbax is None:
+            self._orbax = saving.checkpointer()
+        return self._orbax
+
     # What `fit` calls.
 
     def on_train_begin(self, logs=None):
-        if self._orbax is None:
-            self._orbax = saving.checkpointer()
+        if self.every is not None:
+            # Is it installed? Said before the first step.
+            self._checkpointer()
         self._begun = None
         self._signal = None
         if threading.current_thread() is threading.main_thread():
@@ -303,7 +308,7 @@ class Checkpoints(keras.callbacks.Callback):
             if saving.JAX or backend.is_writer():
                 # On jax each process saves its shards; on torch all are equal.
                 arrays = path / snapshots.ARRAYS
-                saving.save_arrays(self._orbax, arrays, variables)
+                saving.save_arrays(self._checkpointer(), arrays, variables)
         except Exception as error:
             # Of Orbax, whatever the cause: the training is worth more.
             self._failed(step, error)
