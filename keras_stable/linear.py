@@ -166,8 +166,14 @@ def _left_singular(kernel, width=8, iterations=40):
     rows = kernel.shape[0]
     q = keras.random.normal((rows, min(width, rows)), seed=0, dtype="float32")
     q = ops.qr(q)[0]
-    for _ in range(iterations):
-        q = ops.qr(ops.matmul(kernel, ops.matmul(ops.transpose(kernel), q)))[0]
+
+    def iterate(_, q):
+        product = ops.matmul(kernel, ops.matmul(ops.transpose(kernel), q))
+        return ops.qr(product)[0]
+
+    # On jax one program: of many small ones over a mesh, those of CPUs can
+    # wait for each other.
+    q = ops.fori_loop(0, iterations, iterate, q)
     # Rayleigh-Ritz: the best direction inside the subspace.
     projected = ops.matmul(ops.transpose(q), kernel)
     u = ops.svd(projected, full_matrices=False)[0]
