@@ -150,6 +150,7 @@ from keras_stable.sinks import WeightsAndBiases as WeightsAndBiases
 from keras_stable.processes import Task as Task
 from keras_stable.workers import ENGINES as ENGINES
 from keras_stable.workers import workers as workers
+from keras_stable.sweeps import SEARCHES as SEARCHES
 from keras_stable.sweeps import PlannedRun as PlannedRun
 from keras_stable.sweeps import Sweep as Sweep
 from keras_stable.sweep_tables import Display as Display

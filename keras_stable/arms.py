@@ -7,7 +7,8 @@ from keras_stable.lr_search import Ladder
 from keras_stable.variant import Variant
 from keras_stable.variants import get
 
-_LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+=-]*")
+# Not what JSON has no numbers for.
+_LABEL = re.compile(r"(?!(nan|inf)$)[A-Za-z0-9][A-Za-z0-9_.+=-]{0,99}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +35,11 @@ class Arm:
     flags: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if not _LABEL.fullmatch(str(self.label)):
+        if not isinstance(self.label, str) or not _LABEL.fullmatch(self.label):
             raise ValueError(
                 "A label names a directory: letters, digits and any of _.+=-, "
-                f"a letter or digit first. Received: {self.label!r}"
+                "a letter or digit first, at most 100; not nan or inf. "
+                f"Received: {self.label!r}"
             )
         variant = get(self.variant or self.label)
         object.__setattr__(self, "variant", variant)

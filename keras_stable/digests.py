@@ -20,6 +20,7 @@ from keras_stable.curves import pack
 from keras_stable.curves import thin
 from keras_stable.curves import trailing_median
 from keras_stable.health import read_health
+from keras_stable.records import directories_with
 from keras_stable.records import read_json
 
 TEXT = 300  # Characters of a text that a report shows.
@@ -80,22 +81,22 @@ def find_runs(paths):
         FileNotFoundError: for a path that is no directory, or if there is no
             run in any.
     """
-    found = set()
     for path in map(Path, paths):
         if not path.is_dir():
             what = "is a file" if path.exists() else "does not exist"
             raise FileNotFoundError(
                 f"{path} {what}. Give directories of runs, or of sweeps."
             )
-        for name in ("run.json", "health.jsonl", "failure.json"):
-            found |= {file.parent for file in path.rglob(name)}
+    found = directories_with(
+        paths, "run.json", "health.jsonl", "failure.json"
+    )
     if not found:
         raise FileNotFoundError(
             f"There is no run in {', '.join(map(str, paths))}: a run directory "
             "holds run.json, health.jsonl or failure.json. Give those that "
             "recipes/pretrain.py or recipes/sweep.py wrote, with --out."
         )
-    return sorted(found)
+    return found
 
 
 def number(value):
@@ -141,18 +142,15 @@ def read_digest(path, points=1000, cells=8000):
         cells: int, most cells of a heat map.
     """
     digest = Digest(Path(path))
-    record, failure = {}, {}
-    for name in ("run.json", "failure.json"):
+    found = {"run.json": {}, "failure.json": {}}
+    for name in found:
         try:
-            found = read_json(digest.path / name)
-            record, failure = (
-                (found, failure) if name == "run.json" else (record, found)
-            )
+            found[name] = read_json(digest.path / name)
         except FileNotFoundError:
             continue
         except (OSError, *json_files.WRONG) as error:
             digest.problems.append(text(f"{name} cannot be read: {error}"))
-    _identify(digest, record, failure)
+    _identify(digest, *found.values())
     try:
         health = read_health(path)
     except FileNotFoundError:

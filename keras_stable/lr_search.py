@@ -47,7 +47,8 @@ def _rates(rates):
     return tuple(sorted(_different(rates, "rates", "learning rates")))
 
 
-def _seeds(seeds, what="seeds"):
+def check_seeds(seeds, what="seeds"):
+    """Seeds as a tuple, if they are integers and different."""
     seeds = _different(seeds, what, "integers")
     for seed in seeds:
         if type(seed) is not int or seed < 0:
@@ -55,6 +56,17 @@ def _seeds(seeds, what="seeds"):
                 f"`{what}` must be integers, at least 0. Received: {seeds}"
             )
     return seeds
+
+
+def check_range(low, high):
+    """The ends of a range of learning rates, if they are such."""
+    low, high = rate_of(low), rate_of(high)
+    if low >= high:
+        raise ValueError(
+            "`low` must be less than `high`. Received: "
+            f"low={low:g}, high={high:g}"
+        )
+    return low, high
 
 
 def _at_ends(outcomes, seeds):
@@ -89,10 +101,10 @@ class Ladder:
 
     def __post_init__(self):
         object.__setattr__(self, "rates", _rates(self.rates))
-        object.__setattr__(self, "seeds", _seeds(self.seeds))
+        object.__setattr__(self, "seeds", check_seeds(self.seeds))
         object.__setattr__(self, "at_ends", tuple(self.at_ends))
         if self.at_ends:
-            _seeds((*self.seeds, *self.at_ends), "seeds and at_ends")
+            check_seeds((*self.seeds, *self.at_ends), "seeds and at_ends")
 
     def wanted(self, outcomes):
         """Runs that are not known yet, `[(learning rate, seed)]`.
@@ -150,13 +162,8 @@ class Bisection:
     coarse: float = 2.0
 
     def __post_init__(self):
-        for end in ("low", "high"):
-            object.__setattr__(self, end, rate_of(getattr(self, end)))
-        if self.low >= self.high:
-            raise ValueError(
-                "`low` must be less than `high`. Received: "
-                f"low={self.low:g}, high={self.high:g}"
-            )
+        for end, rate in zip(("low", "high"), check_range(self.low, self.high)):
+            object.__setattr__(self, end, rate)
         for name in ("ratio", "coarse"):
             value = getattr(self, name)
             # Six digits name a rate: closer ones would be the same.
@@ -165,7 +172,7 @@ class Bisection:
                     f"`{name}` is that of neighbouring learning rates, "
                     f"greater than 1. Received: {value!r}"
                 )
-        object.__setattr__(self, "seeds", _seeds(self.seeds))
+        object.__setattr__(self, "seeds", check_seeds(self.seeds))
 
     @functools.cached_property
     def rates(self):

@@ -20,6 +20,7 @@ from keras_stable import criteria
 from keras_stable import json_files
 from keras_stable import variants
 from keras_stable.health import read_health
+from keras_stable.records import directories_with
 from keras_stable.records import from_json
 from keras_stable.stability import Outcome
 
@@ -32,7 +33,8 @@ FREE = (
 # What makes arms hard to compare, unless that is the question.
 SHARED = "steps batch_size sequence_length data tokenizer".split()
 _PLACE = re.compile(r"lr-([^/]+)/seed-(\d+)$")
-_DONE, _OPEN = ("finished", "diverged"), ("running", "interrupted")
+# What `status` in run.json may be.
+ENDED, OPEN = ("finished", "diverged"), ("running", "interrupted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,15 +155,12 @@ def read_losses(path):
 
 def _directories(paths):
     """Those with a run or a failure in them, each once, by path."""
-    found = set()
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(
                 f"{path} is not there: give directories of runs, or of sweeps."
             )
-        for name in ("run.json", "failure.json"):
-            found |= {file.parent for file in path.rglob(name)}
-    return sorted(found)
+    return directories_with(paths, "run.json", "failure.json")
 
 
 def _read(directory, thresholds, tables):
@@ -185,14 +184,14 @@ def _read_once(directory, stamps, thresholds, tables):
         if not all(isinstance(part, dict) for part in parts):
             raise ValueError("its run.json is no record of pretrain.py")
     status = record.get("status")
-    if status in _DONE:
+    if status in ENDED:
         return _finished(directory, record, thresholds, tables)
     if stamps[1]:
         return _failed(directory, record), None, None
-    if status not in _OPEN:
+    if status not in OPEN:
         raise ValueError(
             f"its status is {status!r}, and none of "
-            f"{', '.join((*_DONE, *_OPEN))}"
+            f"{', '.join((*ENDED, *OPEN))}"
         )
     return None
 

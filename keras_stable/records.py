@@ -217,6 +217,16 @@ def read_run(path):
     return json_files.read_json(Path(path) / "run.json")
 
 
+def directories_with(paths, *names):
+    """The directories in `paths` that hold a file of one of the names.
+
+    Returns:
+        List of `Path`s, each once, sorted.
+    """
+    files = (Path(path).rglob(name) for path in paths for name in names)
+    return sorted({file.parent for found in files for file in found})
+
+
 def cut(path, step, size):
     """Deletes what was recorded after a step.
 

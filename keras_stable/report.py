@@ -19,6 +19,7 @@ from keras_stable.digests import number
 from keras_stable.digests import read_digest
 from keras_stable.digests import text
 from keras_stable.growth import reference_of
+from keras_stable.outcomes import OPEN
 from keras_stable.outcomes import read_outcomes
 from keras_stable.page import render
 from keras_stable.records import read_json
@@ -211,7 +212,7 @@ def _limits(count):
 
 def _state(digest):
     """The ending of a run of which there is no outcome."""
-    if digest.facts["status"] in ("running", "interrupted"):
+    if digest.facts["status"] in OPEN:
         return "unfinished"
     if digest.facts["failure"]:
         return "failed"

@@ -9,6 +9,8 @@ import statistics
 import warnings
 
 from keras_stable.choices import check_integer
+from keras_stable.lr_search import check_range
+from keras_stable.lr_search import check_seeds
 from keras_stable.stability import by_run
 from keras_stable.stability import rate_of
 
@@ -53,20 +55,11 @@ class TPESearch:
     sampler_seed: int = 0
 
     def __post_init__(self):
-        if not rate_of(self.low) < rate_of(self.high):
-            raise ValueError(
-                "`low` must be less than `high`. Received: "
-                f"low={self.low:g}, high={self.high:g}"
-            )
+        check_range(self.low, self.high)
         check_integer(self.startup, "`startup`", low=2)
         check_integer(self.trials, "`trials`", low=self.startup)
         check_integer(self.sampler_seed, "`sampler_seed`", low=0)
-        object.__setattr__(self, "seeds", tuple(self.seeds))
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(
-                "`seeds` must be integers, at least one and none twice. "
-                f"Received: {self.seeds}"
-            )
+        object.__setattr__(self, "seeds", check_seeds(self.seeds))
 
     def wanted(self, outcomes):
         """The runs to make next, `[(learning rate, seed)]`; [] at the end.

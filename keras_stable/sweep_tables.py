@@ -15,6 +15,7 @@ from keras_stable.choices import check_choice
 from keras_stable.stability import best_rate
 from keras_stable.stability import lr_sensitivity
 from keras_stable.stability import stability_interval
+from keras_stable.sweeps import given_up
 
 FORMATS = ("text", "markdown")
 # Of a `health.jsonl`, the end that holds its last step.
@@ -51,7 +52,7 @@ def sweep_table(sweep):
                 "counts": counts,
                 "runs": sum(n for _, n in counts.values()),
                 "failed": len(interval.failed),
-                "given_up": sweep.given_up(label),
+                "given_up": given_up(outcomes),
                 "lr_sensitivity": lr_sensitivity(outcomes),
                 "best_rate": rate,
                 "best_loss": statistics.fmean(losses) if losses else math.nan,

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import re
 import socket
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from keras_stable import records
 from keras_stable.choices import nearest
 from keras_stable.lr_search import Bisection
 from keras_stable.lr_search import Ladder
+from keras_stable.outcomes import ENDED
 from keras_stable.outcomes import read_outcomes
 from keras_stable.sampling import TPESearch
 from keras_stable.snapshots import differences
@@ -38,9 +38,6 @@ SEARCHES = {"ladder": Ladder, "bisect": Bisection, "tpe": TPESearch}
 # A run is tried so often, and an arm of which so many failed and none gave a
 # result is given up.
 ATTEMPTS, HOPELESS = 2, 3
-ENDED = ("finished", "diverged")
-# Not what JSON has no numbers for.
-LABEL = re.compile(r"(?!(nan|inf)$)[A-Za-z0-9][A-Za-z0-9_.+=-]{0,99}")
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -91,8 +88,8 @@ class Sweep:
             `read_outcomes`. Filled by `outcomes`.
 
     Raises:
-        ValueError: for labels that are no names of directories or given
-            twice, and for another declaration, with what differs.
+        ValueError: for labels given twice, and for another declaration, with
+            what differs.
         FileNotFoundError: without `arms`, if there is no sweep.
         OSError: if the directory cannot be written.
 
@@ -243,22 +240,15 @@ class Sweep:
             self._outcomes[label] = (ended, failed), found
         return [*self._outcomes[label][1]]
 
-    def given_up(self, label):
-        """Whether too many runs of an arm failed, and none had a result."""
-        outcomes = self.outcomes(label)
-        failed = [o for o in outcomes if o.ending == "failed"]
-        return len(failed) == len(outcomes) and len(failed) >= HOPELESS
-
     def wanted(self):
         """The runs to make next, of all arms in turn; [] at the end."""
-        columns = [
-            [
-                PlannedRun(label, rate_of(rate), seed)
-                for rate, seed in self.search.wanted(self.outcomes(label))
-            ]
-            for label in self.arms
-            if not self.given_up(label)
-        ]
+        columns = []
+        for label in self.arms:
+            outcomes = self.outcomes(label)
+            if not given_up(outcomes):
+                runs = self.search.wanted(outcomes)
+                runs = [(label, rate_of(rate), seed) for rate, seed in runs]
+                columns.append([PlannedRun(*run) for run in runs])
         rows = itertools.zip_longest(*columns)
         return [run for row in rows for run in row if run is not None]
 
@@ -292,15 +282,15 @@ class Sweep:
         return processes.alone(self.path / "sweep.lock", "sweep")
 
 
+def given_up(outcomes):
+    """Whether too many runs of an arm failed, and none had a result."""
+    failed = [o for o in outcomes if o.ending == "failed"]
+    return len(failed) == len(outcomes) and len(failed) >= HOPELESS
+
+
 def _arms(arms):
     found, lower = {}, set()
     for arm in arms:
-        if not isinstance(arm.label, str) or not LABEL.fullmatch(arm.label):
-            raise ValueError(
-                "A label names a directory: letters, digits and any of _.+=-, "
-                "a letter or digit first, at most 100; not nan or inf. "
-                f"Received: {arm.label!r}"
-            )
         # Some file systems do not tell a from A.
         if arm.label.lower() in lower:
             raise ValueError(
@@ -320,12 +310,10 @@ def _search_to_json(search):
         if type(search) is cls:
             return {"kind": kind, **dataclasses.asdict(search)}
     raise TypeError(
-        f"`search` must be one of {', '.join(c.__name__ for c in _KINDS)}. "
+        "`search` must be one of "
+        f"{', '.join(cls.__name__ for cls in SEARCHES.values())}. "
         f"Received: {search!r}"
     )
-
-
-_KINDS = tuple(SEARCHES.values())
 
 
 def _search_of(config):

@@ -34,7 +34,6 @@ PRETRAIN = str(Path(__file__).with_name("pretrain.py"))
 TOGETHER = str(Path(__file__).with_name("pretrain_many.py"))
 # What the sweep itself says of every run.
 OWN = "variant label learning_rate seed out resume multi_host".split()
-SEARCHES = ("ladder", "bisect", "tpe")
 
 
 def numbers(text):
@@ -197,7 +196,7 @@ def search(args, experiment, ks):
     if own is None:
         own = experiment.seeds if experiment else (0,)
     kind = args.search or "ladder"
-    ks.check_choice(kind, SEARCHES, "search")
+    ks.check_choice(kind, ks.SEARCHES, "search")
     if kind == "ladder":
         more = tuple(seed for seed in args.at_ends if seed not in own)
         return ks.Ladder(rates, own, more)

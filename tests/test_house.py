@@ -34,11 +34,11 @@ FLOORS = [
     },
     {
         *{"variants", "schedules", "hub", "distribution", "config_keys"},
-        *{"lr_search", "sampling"},
+        "lr_search",
     },
     {
         *{"logits", "records", "layerwise", "budget"},
-        *{"layer_kinds", "corpora", "published", "arms"},
+        *{"layer_kinds", "corpora", "published", "arms", "sampling"},
     },
     {"telemetry", "family", "tokenizers", "health", "experiments"},
     {

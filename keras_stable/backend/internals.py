@@ -61,7 +61,6 @@ FUNCTIONS = [
 ]
 
 
-
 def check_shares(batch_size, count, what="devices"):
     """Raises unless a batch divides evenly."""
     if batch_size % count:

@@ -66,8 +66,9 @@ class Stack:
         self._over, self._state = _over(vectorised), None
         steps += max(internals.batches_seen(m.optimizer) for m in models)
         self._inputs = _stack([_rates(m.optimizer, steps) for m in models])
-        rows = jax.jit(lambda tree, at: jax.tree.map(lambda x: x[at], tree))
-        self._rows = rows
+        self._rows = jax.jit(
+            lambda tree, at: jax.tree.map(lambda x: x[at], tree)
+        )
 
     def install(self):
         """Lets the first model's train function be that of all.

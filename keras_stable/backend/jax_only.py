@@ -9,6 +9,11 @@ def flash_attention():
     """None: Keras chooses."""
 
 
+def number(value):
+    """`value`: it is a part of the programs."""
+    return value
+
+
 def _refuse(*args):
     raise ValueError(
         "Plans are made with jax, which compiles for devices that are not "

@@ -14,6 +14,7 @@ from keras_stable.backend.jax_only import compile_step as compile_step
 from keras_stable.backend.jax_only import devices_of as devices_of
 from keras_stable.backend.jax_only import flash_attention as flash_attention
 from keras_stable.backend.jax_only import losses_of_many as losses_of_many
+from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
 from keras_stable.backend.whole_steps import export_options as export_options
@@ -176,11 +177,6 @@ def gelu(x):
     """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
     # In 16 bits it would add up rounding errors.
     return tf.cast(tf.nn.gelu(tf.cast(x, "float32")), x.dtype)
-
-
-def number(value):
-    """A float as a scalar that programs are given, if they can be."""
-    return value
 
 
 def constant(array):

@@ -13,6 +13,7 @@ from keras_stable.backend.jax_only import compile_step as compile_step
 from keras_stable.backend.jax_only import devices_of as devices_of
 from keras_stable.backend.jax_only import flash_attention as flash_attention
 from keras_stable.backend.jax_only import losses_of_many as losses_of_many
+from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
 from keras_stable.backend.torch_processes import distribute as distribute
@@ -190,11 +191,6 @@ def update_adamw(optimizer, gradients, variables, learning_rate, decay):
 def gelu(x):
     """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
     return torch.nn.functional.gelu(x)
-
-
-def number(value):
-    """A float as a scalar that programs are given, if they can be."""
-    return value
 
 
 def constant(array):
