@@ -116,10 +116,14 @@ def software():
         `"started"`.
     """
     now = datetime.datetime.now(datetime.timezone.utc)
+    script = sys.argv[0]
+    if os.path.isabs(script):
+        # Not where the package happens to lie on this machine.
+        script = min(script, os.path.relpath(script), key=len)
     return {
         "versions": versions(),
         "git_commit": _git_commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", script, *sys.argv[1:]]),
         "started": now.isoformat(timespec="seconds"),
     }
 

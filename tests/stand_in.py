@@ -54,6 +54,7 @@ def run(seconds, folder, label, rate, seed):
     config |= {"seed": seed, "steps": STEPS}
     config |= {"batch_size": 8, "sequence_length": 16}
     record = {"schema": 2, "status": "running", "config": config}
+    record |= {"device": "cpu x 1", "versions": {}, "git_commit": None}
     write(folder / "run.json", record)
 
     def stop(number, frame):

@@ -1,0 +1,109 @@
+"""What is committed of sweeps: whole where it matters, and true."""
+
+import json
+import sys
+import tarfile
+from pathlib import Path
+
+import keras
+import pytest
+from test_sweeps import RATES
+from test_sweeps import RECIPES
+from test_sweeps import arms
+from test_sweeps import work
+
+import keras_stable as ks
+
+sys.path.append(str(RECIPES))
+import archive
+
+RESULTS = RECIPES / "results"
+ARCHIVES = sorted(RESULTS.glob("*.tar.xz"))
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax",
+    reason="Reads files: the same on all backends.",
+)
+
+
+def unpack(file, to):
+    with tarfile.open(file) as tar:
+        tar.extractall(to, filter="data")
+    (folder,) = Path(to).iterdir()
+    return ks.Sweep(folder)
+
+
+def same(a, b):
+    """Whether two tables have the same text; NaN is equal to NaN then."""
+    a, b = (json.dumps(ks.records.to_json(x)) for x in (a, b))
+    return a == b
+
+
+def test_a_sweep_travels_in_two_files(tmp_path, capsys):
+    declared = arms("a", "weak", "broken")
+    sweep = ks.Sweep(tmp_path / "edge", declared, ks.Ladder(RATES, (0, 1)))
+    rows, _ = work(sweep)
+    packed = tmp_path / "packed"
+    archive.main([str(sweep.path), str(packed)])
+    assert "16 runs" in capsys.readouterr().out
+
+    found = unpack(f"{packed}.tar.xz", tmp_path / "there")
+    assert found.path.name == "edge" and found.arms == sweep.arms
+    assert same(ks.sweep_table(found)[:2], rows[:2])
+    for label in ("a", "weak"):
+        run = found.runs(label)[0]
+        health = (found.path / run.folder / "health.jsonl").read_text()
+        assert health == (sweep.path / run.folder / "health.jsonl").read_text()
+    record = ks.records.read_json(f"{packed}.json")
+    assert record["hardware"] == ["cpu x 1"]
+    assert same(record["arms"], rows) and len(record["runs"]) == 20
+    endings = {run["ending"] for run in record["runs"]}
+    assert endings == {"converged", "diverged", "failed"}
+    # Goes on: what has a result is not run again, what failed is.
+    assert {run.label for run in found.wanted()} == {"broken"}
+    # The same sweep gives the same bytes.
+    first = Path(f"{packed}.tar.xz").read_bytes()
+    archive.main([str(sweep.path), str(packed)])
+    assert Path(f"{packed}.tar.xz").read_bytes() == first
+
+
+def test_some_tables_are_kept_and_all_else():
+    lines = [b'{"kind": "layout"}\n']
+    for step in range(30):
+        lines += [b'{"kind": "step", "step": %d}\n' % step]
+        lines += [archive.TABLE + b', "step": %d}\n' % step]
+    kept = [json.loads(line) for line in archive.thin(lines, 4)]
+    assert len(kept) == 1 + 30 + 4
+    tables = [line["step"] for line in kept if line["kind"] == "table"]
+    assert tables == [0, 10, 19, 29]
+    assert archive.thin(lines, 30) == archive.thin(lines, 99) == lines
+
+
+def test_bad_input_is_one_clear_sentence(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="archive: .*nowhere"):
+        archive.main([str(tmp_path / "nowhere"), str(tmp_path / "x")])
+    with pytest.raises(SystemExit):
+        archive.main([str(tmp_path), str(tmp_path / "x"), "--tables", "1"])
+    assert "at least 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ARCHIVES, ids=lambda file: file.name)
+def test_committed_tables_follow_from_the_committed_curves(file, tmp_path):
+    record = ks.records.read_json(str(file).replace(".tar.xz", ".json"))
+    sweep = unpack(file, tmp_path)
+    found = ks.sweep_table(sweep)
+    assert same(found, record["arms"])
+    # Readable, and of no machine in particular.
+    digests = ks.report.read_digests([sweep.path])
+    assert len(digests) == sum(row["runs"] for row in found)
+    for path in sweep.path.rglob("run.json"):
+        command = ks.records.read_json(path)["command"]
+        assert command.startswith("python recipes/")
+
+
+@pytest.mark.parametrize("file", ARCHIVES, ids=lambda file: file.name)
+def test_tables_in_the_text_are_of_the_committed_results(file):
+    record = ks.records.read_json(str(file).replace(".tar.xz", ".json"))
+    text = (RECIPES / "README.md").read_text()
+    table = ks.format_sweep_table(record["arms"], "markdown")
+    assert table in text, f"The table of {file.name} is stale."
