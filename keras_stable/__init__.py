@@ -136,9 +136,9 @@ from keras_stable.criteria import (
 )
 from keras_stable.criteria import spike_score_paper as spike_score_paper
 from keras_stable.criteria import time_to_loss as time_to_loss
-from keras_stable.detectors import Event as Event
-from keras_stable.detectors import Judge as Judge
-from keras_stable.detectors import Verdict as Verdict
+from keras_stable.events import Event as Event
+from keras_stable.judge import Judge as Judge
+from keras_stable.events import Verdict as Verdict
 from keras_stable.monitor import StabilityMonitor as StabilityMonitor
 from keras_stable.events import TrainingHalted as TrainingHalted
 from keras_stable.many import losses_of_many as losses_of_many

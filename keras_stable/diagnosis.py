@@ -7,13 +7,16 @@ import warnings
 
 import numpy as np
 
-from keras_stable.detectors import Event
-from keras_stable.detectors import Frozen
-from keras_stable.detectors import Growth
-from keras_stable.detectors import Judge
-from keras_stable.detectors import Jump
-from keras_stable.detectors import Staleness
+from keras_stable.events import Event
+from keras_stable.events import Verdict
 from keras_stable.json_files import WRONG
+from keras_stable.judge import Judge
+from keras_stable.layerwise import Collapse
+from keras_stable.layerwise import Frozen
+from keras_stable.layerwise import Growth
+from keras_stable.layerwise import Jump
+from keras_stable.layerwise import Staleness
+from keras_stable.packing import HEAD_STATISTICS
 from keras_stable.packing import STATISTICS
 from keras_stable.packing import VARIABLE_STATISTICS
 from keras_stable.records import read_json
@@ -33,9 +36,10 @@ class Diagnosis:
 
     Every step goes to the `Judge`: loss, gradient norm, update norm. Full
     tables go to the detectors over layers: `Jump` of log2(rms), `Growth` of
-    log2 of rms, abs_max and largest logit, `Staleness` of the first and the
-    last matrix, `Frozen` of all variables. Those, and non-finite activations
-    that leave the loss finite, are warnings; only the `Judge` finds a run lost.
+    log2 of rms, abs_max and largest logit, `Collapse` of the entropies of all
+    heads, `Staleness` of the first and the last matrix, `Frozen` of all
+    variables. Those, and non-finite activations that leave the loss finite,
+    are warnings; the `Judge` finds a run lost, or a collapse that lasts.
 
     Args:
         layout: `Layout` of the full tables; None if there are none.
@@ -77,6 +81,10 @@ class Diagnosis:
         self.layers = {
             "jump": Jump(names, warmup=warmup),
             "growth": Growth(growing, limits, warmup=warmup),
+            "collapse": Collapse(
+                [f"{n} {i}" for n, k in layout.heads.items() for i in range(k)],
+                warmup=warmup,
+            ),
             "staleness": Staleness([variables[i] for i in self.ends]),
             "frozen": Frozen(layout.variables),
         }
@@ -124,7 +132,10 @@ class Diagnosis:
             abs_max = np.log2(table[:, STATISTICS.index("abs_max")])
             logits = [max(heads[0].max(), 1e-6) for heads in sample.heads]
             logits = np.log2(np.array(logits, "float64"))
+        entropy = HEAD_STATISTICS.index("entropy")
+        entropies = [heads[entropy] for heads in sample.heads]
         values = {
+            "collapse": np.concatenate([[], *entropies]),
             "jump": rms,
             "growth": np.concatenate([rms, abs_max, logits]),
         }
@@ -139,6 +150,11 @@ class Diagnosis:
             events += self.layers[name].update(step, value)
         for event in events:
             self.judge.warn(event)
+        collapse = self.layers["collapse"]
+        if collapse.lasting:
+            why = "most attention heads look at a single key"
+            found = Event(step, collapse.since, "collapse", "", math.nan, why)
+            self.judge.warn(found, Verdict.COLLAPSED)
         return events
 
     def state(self):

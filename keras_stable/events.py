@@ -20,8 +20,9 @@ MIN_WARMUP = 64  # Steps before any baseline is believed.
 class Verdict(enum.IntEnum):
     """The state of a run, in the order of severity.
 
-    A run that never learned (`STALLED`) has lost less than one that lost what
-    it had learned: `lost` is True from `LEVEL_SHIFT` on.
+    A run that never learned (`STALLED`) has lost less than one whose attention
+    sees single keys (`COLLAPSED`) or that lost what it had learned: `lost` is
+    True from `COLLAPSED` on.
     """
 
     OK = 0
@@ -29,9 +30,10 @@ class Verdict(enum.IntEnum):
     SPIKE_RECOVERED = 2
     SPIKE_SLOW = 3
     STALLED = 4
-    LEVEL_SHIFT = 5
-    DIVERGED = 6
-    NONFINITE = 7
+    COLLAPSED = 5
+    LEVEL_SHIFT = 6
+    DIVERGED = 7
+    NONFINITE = 8
 
     def __str__(self):
         return self.name
@@ -42,7 +44,7 @@ class Verdict(enum.IntEnum):
     @property
     def lost(self):
         """Whether going on is a waste: what `policy="halt"` stops on."""
-        return self >= Verdict.LEVEL_SHIFT
+        return self >= Verdict.COLLAPSED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +79,8 @@ class TrainingHalted(RuntimeError):
         advice = "lower the learning rate"
         if verdict is Verdict.NONFINITE:
             advice = "look at the layer that is named, its weights and batch"
+        elif verdict is Verdict.COLLAPSED:
+            advice += " or bound attention logits, as variant='qk_norm' does"
         where = f" The steps before it: {black_box}." if black_box else ""
         super().__init__(
             f"Training is lost: {verdict} at step {step}, since step "

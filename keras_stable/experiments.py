@@ -96,7 +96,8 @@ _ALL = (
         _named("baseline", "qk_norm", "qkv_norm", "qk_norm_cap"),
         rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         seeds=_THREE,
-        flags=_CPU,
+        # To the end, also what is lost: LR sensitivity compares final losses.
+        flags=_CPU | {"policy": "observe"},
         why="The effect of arXiv 2309.14322 in half an hour on two cores.",
     ),
     Experiment(

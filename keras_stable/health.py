@@ -18,6 +18,7 @@ from keras_stable.records import check_ours
 from keras_stable.records import from_json
 from keras_stable.records import to_json
 
+_TABLE = b'{"kind": "table"'
 _COLUMNS = ("tensor", "variable", "head")  # Of which there are statistics.
 
 
@@ -144,8 +145,8 @@ def read_health(path, tables=True):
 
     Args:
         path: the directory.
-        tables: bool. Whether to read the tables, which are nearly all of the
-            file. Defaults to True.
+        tables: which of the tables, nearly all of the file, are read: True
+            (all), False (none) or `"last"`. Defaults to True.
 
     Raises:
         OSError: if there is no `health.jsonl`.
@@ -154,10 +155,14 @@ def read_health(path, tables=True):
     layout, steps, measured = {}, {}, {}
     others = {"event": [], "verdict": [], "overhead": []}
     file = Path(path) / "health.jsonl"
-    for number, line in enumerate(file.read_bytes().splitlines(True), 1):
+    lines = [*enumerate(file.read_bytes().splitlines(True), 1)]
+    if tables is not True:
+        large = [i for i, line in lines if line.startswith(_TABLE)]
+        # Its last line may be cut off.
+        large = set(large[:-2] if tables == "last" else large)
+        lines = [(i, line) for i, line in lines if i not in large]
+    for number, line in lines:
         where = f"{file}, line {number},"
-        if not tables and line.startswith(b'{"kind": "table"'):
-            continue
         try:
             record = json_files.parse(line, where)
         except ValueError as error:

@@ -18,10 +18,10 @@ from keras_stable.budget import Budget
 from keras_stable.choices import check_choice
 from keras_stable.choices import check_expression
 from keras_stable.choices import check_number
-from keras_stable.detectors import Verdict
 from keras_stable.diagnosis import Diagnosis
 from keras_stable.events import Event
 from keras_stable.events import TrainingHalted
+from keras_stable.events import Verdict
 from keras_stable.health import HealthWriter
 from keras_stable.records import SCHEMA
 from keras_stable.records import cut

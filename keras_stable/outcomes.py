@@ -20,6 +20,7 @@ from keras_stable import criteria
 from keras_stable import json_files
 from keras_stable import variants
 from keras_stable.health import read_health
+from keras_stable.layerwise import collapsed
 from keras_stable.records import directories_with
 from keras_stable.records import from_json
 from keras_stable.stability import Outcome
@@ -52,14 +53,15 @@ class Thresholds:
     gap: float = 0.25
 
 
-def read_outcomes(paths, thresholds=Thresholds(), tables=False, problems=None):
+def read_outcomes(paths, thresholds=Thresholds(), problems=None):
     """Outcomes of all runs below some directories.
 
-    A run is classified by `classify`, with two additions. One that the
-    monitor ended before its last step is "diverged" at best. And "degraded"
-    is a run at a *higher* rate than the best one of its label, whose loss is
-    more than `gap` above that: at a lower rate a run is slow, and not
-    unstable. Best is the best run with the same seed, if that seed was run at
+    A run is classified by `classify`, with three additions. "Collapsed" is
+    one with over half of its attention heads on single keys at the end, see
+    `Collapse`. Another that the monitor ended before its last step is
+    "diverged" at best. And "degraded" is a run at a *higher* rate than the
+    best one of its label, whose loss is more than `gap` above that: at a
+    lower rate a run is slow, and not unstable. Best is the best run with the same seed, if that seed was run at
     the rate that is best for the label, otherwise the best of any seed.
 
     Runs that go on or were interrupted are no outcomes. A directory that has
@@ -68,7 +70,6 @@ def read_outcomes(paths, thresholds=Thresholds(), tables=False, problems=None):
     Args:
         paths: a directory or a sequence of them.
         thresholds: `Thresholds`, to score anew.
-        tables: bool. Whether to read the tables of layers, for `entropy`.
         problems: list, to which sentences are added about directories that
             could not be read, versions that are mixed, and arms that differ
             in steps, batches or data. By default they are warned of.
@@ -91,7 +92,7 @@ def read_outcomes(paths, thresholds=Thresholds(), tables=False, problems=None):
     runs = {}
     for directory in _directories(paths):
         try:
-            run = _read(directory, thresholds, tables)
+            run = _read(directory, thresholds)
         except (OSError, *json_files.WRONG) as error:
             found.append(f"{directory} is left out: {error}")
             continue
@@ -163,19 +164,19 @@ def _directories(paths):
     return directories_with(paths, "run.json", "failure.json")
 
 
-def _read(directory, thresholds, tables):
+def _read(directory, thresholds):
     """Outcome, record and problem of a run; None if it is not over."""
     stamps = []
     for name in ("run.json", "failure.json"):
         file = directory / name
         stat = file.stat() if file.exists() else None
         stamps.append(stat and (stat.st_mtime_ns, stat.st_size))
-    return _read_once(directory, tuple(stamps), thresholds, tables)
+    return _read_once(directory, tuple(stamps), thresholds)
 
 
 # What is over does not change: a sweep asks again after each of its runs.
 @functools.lru_cache(maxsize=4096)
-def _read_once(directory, stamps, thresholds, tables):
+def _read_once(directory, stamps, thresholds):
     record = {}
     if stamps[0]:
         record = from_json(json_files.read_json(directory / "run.json"))
@@ -185,7 +186,7 @@ def _read_once(directory, stamps, thresholds, tables):
             raise ValueError("its run.json is no record of pretrain.py")
     status = record.get("status")
     if status in ENDED:
-        return _finished(directory, record, thresholds, tables)
+        return _finished(directory, record, thresholds)
     if stamps[1]:
         return _failed(directory, record), None, None
     if status not in OPEN:
@@ -231,12 +232,12 @@ def _number(value):
     return float(value) if real else math.nan
 
 
-def _finished(directory, record, thresholds, tables):
+def _finished(directory, record, thresholds):
     config, corpus = record["config"], record.get("corpus", {})
     loss = _number(record.get("validation_loss"))
     more, problem = {}, None
     try:
-        health = read_health(directory, tables)
+        health = read_health(directory, tables="last")
         losses = health.series("loss")[1].astype("float64")
         ending = _ending(health, losses, loss, corpus, thresholds)
         more = _measured(health, losses)
@@ -250,6 +251,8 @@ def _finished(directory, record, thresholds, tables):
             ending = "diverged"
     steps, done = config.get("steps") or 0, record.get("steps_done") or 0
     halted = record["status"] == "diverged" and done < steps
+    if more.get("collapsed", 0) > 0.5 and ending in ("converged", "spiked"):
+        ending = "collapsed"
     if halted and ending in ("converged", "spiked"):
         ending = "diverged"
     batches = record.get("validation_batch_losses") or ()
@@ -308,9 +311,9 @@ def _measured(health, losses):
         heads = health.tables[max(health.tables)]["heads"]
         row = names.index("entropy")
         if heads:
-            found["entropy"] = float(
-                np.concatenate([h[row] for h in heads]).mean()
-            )
+            entropies = np.concatenate([h[row] for h in heads])
+            found["entropy"] = float(entropies.mean())
+            found["collapsed"] = collapsed(entropies)
     return found
 
 

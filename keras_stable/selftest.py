@@ -10,8 +10,8 @@ from keras import ops
 
 from keras_stable import taps
 from keras_stable.backend import internals
-from keras_stable.detectors import Event
 from keras_stable.diagnosis import Diagnosis
+from keras_stable.events import Event
 from keras_stable.packing import STATISTICS
 from keras_stable.packing import VARIABLE_STATISTICS
 from keras_stable.watch import watch

@@ -19,8 +19,8 @@ from keras_stable.intervals import wilson
 
 # How a run ended, the best first; "failed" is a run without a result.
 ENDINGS = (
-    *("converged", "spiked", "degraded", "diverged", "nonfinite"),
-    "failed",
+    *("converged", "spiked", "degraded", "collapsed", "diverged"),
+    *("nonfinite", "failed"),
 )
 STABLE = ("converged", "spiked")
 
@@ -56,7 +56,8 @@ class Outcome:
             mean of, which are the same for all runs.
         max_logit: largest attention logit of all steps, layers and heads.
         entropy: mean entropy of attention over layers and heads, at the end,
-            as a fraction of the largest; NaN if tables were not read.
+            as a fraction of the largest; NaN without tables.
+        collapsed: share of the heads that look at a single key then.
         spike_score_paper, spike_score_olmo_core, spike_rate_robust: of the
             training loss, see those functions.
         verdict: the monitor's last.
@@ -82,6 +83,7 @@ class Outcome:
     batch_losses: tuple[float, ...] = ()
     max_logit: float = math.nan
     entropy: float = math.nan
+    collapsed: float = math.nan
     spike_score_paper: float = math.nan
     spike_score_olmo_core: float = math.nan
     spike_rate_robust: float = math.nan

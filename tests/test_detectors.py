@@ -11,15 +11,15 @@ import pytest
 from keras_stable import detectors
 from keras_stable import events
 from keras_stable import layerwise
-from keras_stable.detectors import Frozen
-from keras_stable.detectors import Growth
-from keras_stable.detectors import Judge
-from keras_stable.detectors import Jump
 from keras_stable.detectors import LevelShift
 from keras_stable.detectors import NonFinite
 from keras_stable.detectors import Spike
-from keras_stable.detectors import Staleness
-from keras_stable.detectors import Verdict
+from keras_stable.events import Verdict
+from keras_stable.judge import Judge
+from keras_stable.layerwise import Frozen
+from keras_stable.layerwise import Growth
+from keras_stable.layerwise import Jump
+from keras_stable.layerwise import Staleness
 
 START = 2000  # First step of an injected event.
 NAN, INF = float("nan"), float("inf")
@@ -70,6 +70,7 @@ def test_verdicts_are_ordered_and_print_their_names():
     assert [str(v) for v in Verdict] == [v.name for v in Verdict]
     assert f"{Verdict.SPIKE_SLOW:>12}" == "  SPIKE_SLOW"
     assert {v for v in Verdict if v.lost} == {
+        Verdict.COLLAPSED,
         Verdict.LEVEL_SHIFT,
         Verdict.DIVERGED,
         Verdict.NONFINITE,

@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from keras_stable.detectors import Verdict
 from keras_stable.diagnosis import MOST_SKIPS
 from keras_stable.diagnosis import Diagnosis
+from keras_stable.events import Verdict
 from keras_stable.packing import STATISTICS
 from keras_stable.packing import VARIABLE_STATISTICS
 from keras_stable.packing import Layout
@@ -71,6 +71,61 @@ def scaled(name, factor):
         one.tensors[row, :3] *= factor(step)
 
     return change
+
+
+def entropies(of_step):
+    """A change of the entropies of the two heads."""
+
+    def change(step, one):
+        one.heads[0][2] = of_step(step)
+
+    return change
+
+
+def test_attention_on_single_keys_is_lost_after_a_hundred_steps():
+    diagnosis = Diagnosis(LAYOUT)
+    single = entropies(lambda step: (0.003, 0.009) if step >= 80 else 0.5)
+    found = run(diagnosis, 178, single)
+    (event,) = (e for e in found if e.detector == "collapse")
+    assert (event.step, event.onset, event.value) == (80, 80, 1.0)
+    assert diagnosis.verdict is Verdict.WARN
+    found = run(diagnosis, 3, single, first=179)
+    assert [(e.detector, e.step, e.onset) for e in found] == [
+        ("collapse", 180, 80),
+        ("verdict", 181, 80),
+    ]
+    assert diagnosis.verdict is Verdict.COLLAPSED and diagnosis.verdict.lost
+    # Also where tables are rare; it ends 200 steps after the last of them.
+    run(diagnosis, 1, single, first=380)
+    run(diagnosis, 199, first=381, full=False)
+    assert diagnosis.verdict is Verdict.COLLAPSED
+    run(diagnosis, 3, first=580)
+    assert diagnosis.verdict is Verdict.OK
+
+
+@pytest.mark.parametrize(
+    "of_step",
+    [
+        lambda step: (0.0, 0.02),  # Half of them.
+        lambda step: (0.0, 0.0) if step < 64 else (0.3, 0.0),  # In warm-up.
+        lambda step: (0.0, 0.0) if step % 90 else (0.3, 0.3),  # Comes back.
+        lambda step: (np.nan, np.nan),
+    ],
+)
+def test_other_attention_is_not(of_step):
+    diagnosis = Diagnosis(LAYOUT)
+    run(diagnosis, 400, entropies(of_step))
+    assert diagnosis.judge.worst <= Verdict.WARN
+
+
+def test_a_collapse_goes_on_from_a_state():
+    single = entropies(lambda step: (0.003, 0.009))
+    whole, first, second = (Diagnosis(LAYOUT) for _ in range(3))
+    run(whole, 170, single)
+    run(first, 120, single)
+    second.restore(json.loads(json.dumps(first.state())))
+    run(second, 50, single, first=121)
+    assert whole.verdict is second.verdict is Verdict.COLLAPSED
 
 
 def test_a_healthy_run_is_silent():

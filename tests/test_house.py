@@ -46,8 +46,8 @@ FLOORS = [
         *{"families", "subwords", "token_cache", "growth", "digests"},
     },
     {
-        *{"packing", "criteria", "attend", "mlp", "mixture", "snapshots"},
-        "comparison",
+        *{"packing", "criteria", "judge", "attend", "mlp", "mixture"},
+        *{"snapshots", "comparison"},
     },
     {"attention", "training_state", "reported", "memory", "outcomes"},
     {

@@ -439,6 +439,23 @@ def test_halt(tmp_path):
     assert untouched(model)
 
 
+def test_halt_where_attention_has_collapsed(tmp_path):
+    model = attending()
+    query = model.get_layer("attention").query_dense.kernel
+    query.assign(1e5 * query.value)
+    monitor = monitor_of(tmp_path, every=10, policy="halt")
+    x = np.random.default_rng(0).normal(size=(4, 5, 4)).astype("float32")
+    how = {"batch_size": 4, "epochs": 250, "verbose": 0}
+    with pytest.raises(ks.TrainingHalted) as caught:
+        model.fit(x, x.sum(-1, keepdims=True), callbacks=[monitor], **how)
+    error = caught.value
+    # A table every ten steps, of which the first after step 64 counts.
+    assert (error.step, error.event.onset) == (172, 71)
+    assert error.verdict is ks.Verdict.COLLAPSED
+    assert "COLLAPSED at step 172, since step 71: most attention" in str(error)
+    assert "bound attention logits" in str(error)
+
+
 def test_halt_in_the_last_step_of_an_epoch_and_without_telemetry(tmp_path):
     good = tmp_path / "good.weights.h5"
     for every in (1, None):
@@ -460,7 +477,7 @@ def test_observing_goes_on(capsys):
     steps = At(3, poison)
     history = fit(tiny(), monitor, steps, epochs=2).history
     assert steps.steps == 16 and found == monitor.events
-    assert history["verdict"] == [7.0, 7.0]
+    assert history["verdict"] == [float(ks.Verdict.NONFINITE)] * 2
     # One event each for all steps in a row, told once.
     assert [(e.detector, e.series, e.step) for e in found][:1] == [
         ("nonfinite", "loss", 4)

@@ -46,7 +46,14 @@ def diverging(steps=STEPS):
 
 
 def make_run(
-    sweep, rate, seed=0, losses=None, norms=None, record=None, **config
+    sweep,
+    rate,
+    seed=0,
+    losses=None,
+    norms=None,
+    record=None,
+    entropies=lambda step: (0.2, 0.4),
+    **config,
 ):
     """Writes a run directory as `pretrain.py` does; its path."""
     config = {**CONFIG, "learning_rate": rate, "seed": seed, **config}
@@ -80,7 +87,7 @@ def make_run(
         writer.write("step", **step, gradient_norm=float(norm))
         if i % 50 == 0:
             tensors = np.arange(24.0) + i + 1
-            heads = [np.array([[1.0, 2], [1, 2], [0.2, 0.4]])]
+            heads = [np.array([[1.0, 2], [1, 2], entropies(i + 1)])]
             writer.write(
                 "table", step=i + 1, tensors=tensors, heads=heads, variables=[]
             )
@@ -112,12 +119,10 @@ def test_what_is_read(tmp_path):
     assert found.tokens_per_step == 128
     assert found.batch_losses == (1.5, 2.5)
     assert found.max_logit == 19.9
-    assert math.isnan(found.entropy)
     assert math.isnan(found.spike_score_paper)  # Shorter than its window.
     assert found.spike_score_olmo_core == 0.0
     assert found.verdict == "OK" and found.path == str(path)
-    (found,) = read([str(tmp_path)], tables=True)
-    assert found.entropy == pytest.approx(0.3)
+    assert found.entropy == pytest.approx(0.3) and found.collapsed == 0.0
     np.testing.assert_array_equal(ks.read_losses(path), falling())
     # A run by itself, and one without a label.
     other = make_run(tmp_path / "x", 1e-2, label=None, variant="soft_cap")
@@ -157,6 +162,30 @@ def test_endings_are_those_of_the_criterion(tmp_path):
     assert endings(tmp_path, thresholds=mild)[3e-3, 0] == "degraded"
     found = ks.stability_interval(read(tmp_path))
     assert (found.low, found.high) == (2e-3, 3e-3)
+
+
+def test_attention_on_single_keys_is_no_stable_ending(tmp_path):
+    make_run(tmp_path, 1e-3, entropies=lambda step: (0.005, 0.5))
+    # Came back, and did not.
+    make_run(tmp_path, 2e-3, entropies=lambda step: (0.0, 0.02 * (step > 150)))
+    make_run(tmp_path, 3e-3, entropies=lambda step: (0.009, 0.0099))
+    record = {"status": "diverged", "verdict": "COLLAPSED", "steps_done": 150}
+    how = {"losses": falling(steps=150), "record": record}
+    make_run(tmp_path, 4e-3, entropies=lambda step: (0.0, 0.0), **how)
+    make_run(
+        tmp_path, 5e-3, losses=diverging(), entropies=lambda step: (0.0, 0.0)
+    )
+    found = endings(tmp_path)
+    assert found == {
+        (1e-3, 0): "converged",
+        (2e-3, 0): "converged",
+        (3e-3, 0): "collapsed",
+        (4e-3, 0): "collapsed",
+        (5e-3, 0): "diverged",
+    }
+    assert [o.collapsed for o in read(tmp_path)] == [0.5, 0.5, 1, 1, 1]
+    interval = ks.stability_interval(read(tmp_path))
+    assert (interval.low, interval.high) == (2e-3, 3e-3)
 
 
 def test_a_run_that_the_monitor_ended_is_not_stable(tmp_path):
@@ -448,15 +477,20 @@ def recorded(tmp_path_factory):
 
 
 def test_a_real_record_is_read(recorded):
-    (found,) = read(recorded, tables=True)
+    (found,) = read(recorded)
     health = ks.read_health(recorded)
     assert found.steps_done == 6 and found.initial == health.steps[0]["loss"]
     assert len(ks.read_losses(recorded)) == 6
     assert found.max_logit == max(row["max_logit"] for row in health.steps)
-    assert 0.9 < found.entropy <= 1.0
+    assert 0.9 < found.entropy <= 1.0 and found.collapsed == 0.0
     # Tables are what takes long: left out, all else is the same.
     light = ks.read_health(recorded, tables=False)
     assert light.tables == {} and light.steps == health.steps
+    last = ks.read_health(recorded, tables="last")
+    assert max(last.tables) == max(health.tables) and len(last.tables) == 2
+    step = max(health.tables)
+    for a, b in zip(last.tables[step]["heads"], health.tables[step]["heads"]):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_norms_of_a_real_record_are_those_of_its_tables(recorded):

@@ -10,7 +10,7 @@ import pytest
 
 import keras_stable as ks
 from keras_stable import selftest as module
-from keras_stable.detectors import Jump
+from keras_stable.layerwise import Jump
 from keras_stable.selftest import selftest
 
 

@@ -12,8 +12,9 @@ const DASHES = ["solid", "dash", "dot", "dashdot"];
 const SYMBOLS = ["circle", "square", "diamond", "triangle-up",
   "triangle-down", "pentagon", "hexagon", "star", "hexagram", "bowtie"];
 const ENDING_COLOURS = {converged: "#0a6640", spiked: "#7a5b00",
-  degraded: "#9a4200", diverged: "#a61b29", nonfinite: "#6f1d86",
-  failed: "#444b54", unreadable: "#444b54", unfinished: "#0b5cad"};
+  degraded: "#9a4200", collapsed: "#7d2e4e", diverged: "#a61b29",
+  nonfinite: "#6f1d86", failed: "#444b54", unreadable: "#444b54",
+  unfinished: "#0b5cad"};
 const VIRIDIS = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187",
   "#4ac16d", "#a0da39"];
 // White is no change; blue and orange are told apart by all.
