@@ -1,11 +1,14 @@
-"""Detectors on one number a step: non-finite, spike, level shift. Pure numpy.
+"""Detectors on one number a step: non-finite, spike, level shift, collapse.
 
 `judge.Judge` feeds them; those over many layers at once are `layerwise`'s.
+Pure numpy.
 Baselines are a median m and s = 1.4826 * MAD, normal noise's deviation.
 """
 
 import collections
 import math
+
+import numpy as np
 
 from keras_stable.events import MIN_WARMUP
 from keras_stable.events import Detector
@@ -21,6 +24,8 @@ SERIES = {
     "gradient_norm": (math.log(2.0), math.log(10.0)),
     "update_norm": (math.log(2.0), math.log(10.0)),
 }
+# Normalised entropy below which attention is as good as on one key.
+SINGLE_KEY = 0.01
 
 
 class NonFinite(Detector):
@@ -186,4 +191,67 @@ class LevelShift(Detector):
         detail = f"{self.series} stays above its level of {self.median:.4g}"
         return Event(
             step, self.onset, "level_shift", self.series, float(value), detail
+        )
+
+
+def collapsed(entropies):
+    """The share of attention heads that look at a single key.
+
+    Args:
+        entropies: array of normalised entropies, see `logit_statistics`; NaN
+            for heads that have none.
+
+    >>> collapsed([0.5, 0.001, 0.0, float("nan")])
+    0.6666666666666666
+    """
+    entropies = np.asarray(entropies, "float64")
+    known = entropies[np.isfinite(entropies)]
+    return float(np.mean(known < SINGLE_KEY)) if len(known) else 0.0
+
+
+class Collapse(Detector):
+    """Attention of most heads on a single key each.
+
+    ```
+    event = share > 0.5, once until it is not, and once more when that has
+            lasted for `patience` steps
+    ```
+
+    of the share of heads that `collapsed` finds. Softmax has hardly a gradient
+    left then: logits grow on, and the loss stays about where a model ends that
+    knows the last token alone.
+
+    Args:
+        patience: steps. Defaults to 100.
+        warmup: steps, at least 64; silent before.
+
+    Attributes:
+        since: the first step of it, or None.
+        lasting: whether it has lasted for `patience`.
+
+    >>> collapse = Collapse()
+    >>> events = [collapse.update(step, 0.8) for step in range(0, 300, 10)]
+    >>> [event.step for event in events if event]
+    [70, 170]
+    """
+
+    _remembers = ("since", "lasting")
+
+    def __init__(self, patience=100, warmup=0):
+        self.patience = check("patience", patience, 0)
+        self.warmup = max(MIN_WARMUP, check("warmup", warmup, 0))
+        self.since, self.lasting = None, False
+
+    def update(self, step, share):
+        if not share > 0.5 or step < self.warmup:
+            self.since, self.lasting = None, False
+            return None
+        new, before = self.since is None, self.lasting
+        self.since = step if new else self.since
+        self.lasting = step - self.since >= self.patience
+        if not new and self.lasting == before:
+            return None
+        detail = f"{share:.0%} of attention heads look at a single key"
+        return Event(
+            step, self.since, "collapse", "entropy", float(share), detail
         )

@@ -7,11 +7,11 @@ import warnings
 
 import numpy as np
 
+from keras_stable.detectors import Collapse
+from keras_stable.detectors import collapsed
 from keras_stable.events import Event
-from keras_stable.events import Verdict
 from keras_stable.json_files import WRONG
 from keras_stable.judge import Judge
-from keras_stable.layerwise import Collapse
 from keras_stable.layerwise import Frozen
 from keras_stable.layerwise import Growth
 from keras_stable.layerwise import Jump
@@ -53,6 +53,7 @@ class Diagnosis:
         self.warmup = max(64, warmup)
         self.skips = 0
         self.bad = False  # Whether the last step had a bad activation.
+        self.collapse = Collapse(warmup=warmup)
         self.layers = {}
         if layout is None:
             return
@@ -81,10 +82,6 @@ class Diagnosis:
         self.layers = {
             "jump": Jump(names, warmup=warmup),
             "growth": Growth(growing, limits, warmup=warmup),
-            "collapse": Collapse(
-                [f"{n} {i}" for n, k in layout.heads.items() for i in range(k)],
-                warmup=warmup,
-            ),
             "staleness": Staleness([variables[i] for i in self.ends]),
             "frozen": Frozen(layout.variables),
         }
@@ -132,10 +129,7 @@ class Diagnosis:
             abs_max = np.log2(table[:, STATISTICS.index("abs_max")])
             logits = [max(heads[0].max(), 1e-6) for heads in sample.heads]
             logits = np.log2(np.array(logits, "float64"))
-        entropy = HEAD_STATISTICS.index("entropy")
-        entropies = [heads[entropy] for heads in sample.heads]
         values = {
-            "collapse": np.concatenate([[], *entropies]),
             "jump": rms,
             "growth": np.concatenate([rms, abs_max, logits]),
         }
@@ -148,13 +142,14 @@ class Diagnosis:
         events = []
         for name, value in values.items():
             events += self.layers[name].update(step, value)
+        entropy = HEAD_STATISTICS.index("entropy")
+        entropies = [heads[entropy] for heads in sample.heads]
+        share = collapsed(np.concatenate([[], *entropies]))
+        event = self.collapse.update(step, share)
+        events += [event] if event else []
         for event in events:
             self.judge.warn(event)
-        collapse = self.layers["collapse"]
-        if collapse.lasting:
-            why = "most attention heads look at a single key"
-            found = Event(step, collapse.since, "collapse", "", math.nan, why)
-            self.judge.warn(found, Verdict.COLLAPSED)
+        self.judge.watch_collapse(step, self.collapse)
         return events
 
     def state(self):
@@ -163,6 +158,7 @@ class Diagnosis:
             "judge": self.judge.state(),
             "skips": self.skips,
             "bad": self.bad,
+            "collapse": self.collapse.state(),
             **{name: x.state() for name, x in self.layers.items()},
         }
 
@@ -170,6 +166,7 @@ class Diagnosis:
         """Goes on from a `state()`."""
         self.judge.restore(state["judge"])
         self.skips, self.bad = int(state["skips"]), bool(state["bad"])
+        self.collapse.restore(state["collapse"])
         for name, detector in self.layers.items():
             detector.restore(state[name])
 
@@ -206,6 +203,7 @@ class Diagnosis:
         values = [3.0, math.nan, 1e4, *[2.0] * 40]
         for step, value in enumerate(values, step + 1):
             self.judge.update(step, dict.fromkeys(JUDGED, value))
+            self.collapse.update(step, value)
             for detector in self.layers.values():
                 detector.update(step, [value] * len(detector.names))
 

@@ -35,7 +35,7 @@ class Judge(Detector):
     | `DIVERGED`        | regret > 0.5, after 100 steps of it or 50 of > 1 |
     | `LEVEL_SHIFT`     | a `LevelShift` alarm is on for more than 500     |
     |                   | steps, or a spike is open for more than 2000     |
-    | `COLLAPSED`       | `warn` was told so, and 200 steps after          |
+    | `COLLAPSED`       | a `Collapse` is lasting, and 200 steps after     |
     | `STALLED`         | L0 - B < 0.05 L0 after 500 steps                 |
     | `SPIKE_SLOW`      | a spike is open for over 200 steps; 200 after it |
     | `SPIKE_RECOVERED` | 200 steps after a spike of 200 or less           |
@@ -119,12 +119,15 @@ class Judge(Detector):
         self.worst = max(self.worst, self.verdict)
         return events
 
-    def warn(self, event, verdict=Verdict.WARN):
-        """Takes an event found elsewhere: a verdict for 200 steps.
+    def watch_collapse(self, step, collapse):
+        """`COLLAPSED` from the next step on, if a `Collapse` is lasting."""
+        if collapse.lasting:
+            why = "most attention heads look at a single key"
+            self._hold(Verdict.COLLAPSED, step, collapse.since, why)
 
-        `WARN` at once; a more severe one is found by the next `update`.
-        """
-        self._hold(verdict, event.step, event.onset, event.detail)
+    def warn(self, event):
+        """Raises `WARN` for 200 steps, for an event found elsewhere."""
+        self._hold(Verdict.WARN, event.step, event.onset, event.detail)
         self.verdict = max(self.verdict, Verdict.WARN)
         self.worst = max(self.worst, Verdict.WARN)
 

@@ -1,4 +1,4 @@
-"""Detectors over many layers at once: growth, jumps, collapse, staleness, ...
+"""Detectors over many layers at once: growth, jumps, staleness, frozen.
 
 Each is made with the names of its series and fed with one float64 array, in
 the order of the names, at the steps that are sampled. A series' value that
@@ -13,9 +13,6 @@ from keras_stable.events import Event
 from keras_stable.events import ManySeries
 from keras_stable.events import check
 from keras_stable.events import median_of
-
-# Normalised entropy below which attention is as good as on one key.
-SINGLE_KEY = 0.01
 
 
 class Growth(ManySeries):
@@ -211,73 +208,6 @@ class Jump(ManySeries):
                 f"{name} {detail}, with {others} layers after it",
             )
         ]
-
-
-def collapsed(entropies):
-    """The share of attention heads that look at a single key.
-
-    Args:
-        entropies: array of normalised entropies, see `logit_statistics`; NaN
-            for heads that have none.
-
-    >>> collapsed([0.5, 0.001, 0.0, float("nan")])
-    0.6666666666666666
-    """
-    entropies = np.asarray(entropies, "float64")
-    known = entropies[np.isfinite(entropies)]
-    return float(np.mean(known < SINGLE_KEY)) if len(known) else 0.0
-
-
-class Collapse(ManySeries):
-    """Attention of most heads on a single key each.
-
-    ```
-    collapsed = share of heads with normalised entropy < 0.01
-    event     = collapsed > 0.5, once until it is not, and once more when that
-                has lasted for `patience` steps
-    ```
-
-    Softmax has no gradient left then: logits grow on and the loss stays where
-    a model ends that knows the last token alone. Of 101 recorded runs, all
-    with more than half of their heads collapsed ended at least 0.25 nat above
-    the best of their kind, none of the others had more than a third.
-
-    Args:
-        names: of the heads.
-        patience: steps. Defaults to 100.
-        warmup: steps, at least 64; silent before.
-
-    Attributes:
-        since: the first step of it, or None.
-        lasting: whether it has lasted for `patience`.
-
-    >>> collapse = Collapse(["head 0", "head 1", "head 2"])
-    >>> x = [0.001, 0.6, 0.0]
-    >>> found = [collapse.update(step, x) for step in range(0, 300, 10)]
-    >>> [event.step for events in found for event in events]
-    [70, 170]
-    """
-
-    _remembers = ("since", "lasting")
-
-    def __init__(self, names, patience=100, warmup=0):
-        super().__init__(names)
-        self.patience = check("patience", patience, 0)
-        self.warmup = max(MIN_WARMUP, check("warmup", warmup, 0))
-        self.since, self.lasting = None, False
-
-    def update(self, step, values):
-        share = collapsed(self.vector(values))
-        if share <= 0.5 or step < self.warmup:
-            self.since, self.lasting = None, False
-            return []
-        new, before = self.since is None, self.lasting
-        self.since = step if new else self.since
-        self.lasting = step - self.since >= self.patience
-        if not new and self.lasting == before:
-            return []
-        detail = f"{share:.0%} of attention heads look at a single key"
-        return [Event(step, self.since, "collapse", "entropy", share, detail)]
 
 
 class _InARow(ManySeries):

@@ -19,8 +19,8 @@ import numpy as np
 from keras_stable import criteria
 from keras_stable import json_files
 from keras_stable import variants
+from keras_stable.detectors import collapsed
 from keras_stable.health import read_health
-from keras_stable.layerwise import collapsed
 from keras_stable.records import directories_with
 from keras_stable.records import from_json
 from keras_stable.stability import Outcome
@@ -61,8 +61,9 @@ def read_outcomes(paths, thresholds=Thresholds(), problems=None):
     `Collapse`. Another that the monitor ended before its last step is
     "diverged" at best. And "degraded" is a run at a *higher* rate than the
     best one of its label, whose loss is more than `gap` above that: at a
-    lower rate a run is slow, and not unstable. Best is the best run with the same seed, if that seed was run at
-    the rate that is best for the label, otherwise the best of any seed.
+    lower rate a run is slow, and not unstable. Best is the best run with the
+    same seed, if that seed was run at the rate that is best for the label,
+    otherwise the best of any seed.
 
     Runs that go on or were interrupted are no outcomes. A directory that has
     a `failure.json` and no result is one of ending "failed".
