@@ -137,6 +137,8 @@ from keras_stable.criteria import (
 from keras_stable.criteria import spike_score_paper as spike_score_paper
 from keras_stable.criteria import time_to_loss as time_to_loss
 from keras_stable.events import Event as Event
+from keras_stable.detectors import Collapse as Collapse
+from keras_stable.detectors import collapsed as collapsed
 from keras_stable.judge import Judge as Judge
 from keras_stable.events import Verdict as Verdict
 from keras_stable.monitor import StabilityMonitor as StabilityMonitor

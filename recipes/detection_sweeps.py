@@ -1,0 +1,162 @@
+"""Are runs that a high learning rate spoils ended early, and no others?
+
+Question: what would the monitor, and the rules of other trainers, have said of
+the runs of a sweep? detection.py asks about runs whose loss rises; here most
+losses fall all the time, and end far above what another run reaches.
+
+    python recipes/detection_sweeps.py runs/cpu-sensitivity runs/paper-lr \
+        --new runs/qkv-factorial
+
+Reads directories of sweeps, unpacked from `archive.py`'s files too, replays
+every step and every table that is kept, and writes detection_sweeps.json. The
+sweeps after --new are counted by themselves: the rule for collapsed attention
+was chosen on the others.
+
+What became of a run, by its loss alone; the best run is that of the sweep,
+any method, with the same seed:
+
+    onset    the step since which the median of 21 losses stays over 0.25 above
+             the best run's at that step
+    lost     ends over 0.5 above the best run, and has an onset
+    healthy  ends at most 0.25 above its method's best, and is not lost
+    degraded the others: to stop them is neither a success nor a false alarm
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import numpy as np
+from detection import first
+from detection import middle
+from detection import score
+from detection import table
+from detection_rules import RULES
+
+import keras_stable as ks
+
+FAR, NEAR = 0.5, 0.25
+MAXIMA = "largest logit over 1000"
+
+
+def curves(outcome):
+    """The series of a run, and the collapsed share at each of its tables."""
+    health = ks.read_health(outcome.path)
+    names = ("loss", "gradient_norm", "update_norm", "max_logit", "skipped")
+    run = {n: health.series(n)[1].astype("float64") for n in names}
+    row = list(health.layout["head_statistics"]).index("entropy")
+    shares = {
+        step: ks.collapsed(np.concatenate([h[row] for h in found["heads"]]))
+        for step, found in sorted(health.tables.items())
+    }
+    return run, shares
+
+
+def verdict(run, shares, warmup):
+    """As `Diagnosis` finds it, with the tables that were kept."""
+    judge, collapse = ks.Judge(warmup), ks.Collapse(warmup=warmup)
+    names, spikes = ("loss", "gradient_norm", "update_norm"), 0
+    for step in range(1, len(run["loss"]) + 1):
+        values = {name: float(run[name][step - 1]) for name in names}
+        events = judge.update(step, values)
+        spikes += sum(
+            (e.detector, e.series) == ("spike", "loss") for e in events
+        )
+        if judge.verdict.lost:
+            return step, str(judge.verdict), spikes
+        if step in shares:
+            collapse.update(step, shares[step])
+            judge.watch_collapse(step, collapse)
+    return None, None, spikes
+
+
+def label(outcome, run, best, best_run, own):
+    """What became of a run, and since when: see above."""
+    steps = min(len(run["loss"]), len(best_run["loss"]))
+    far = middle(run["loss"][:steps]) > middle(best_run["loss"][:steps]) + NEAR
+    since = steps + 1 - int(np.argmin(far[::-1])) if not far.all() else 1
+    if outcome.loss > best.loss + FAR and since < steps:
+        return "diverged", since
+    return ("converged" if outcome.loss <= own + NEAR else "degraded"), None
+
+
+def rows_of(path):
+    """A row for each run of a sweep."""
+    sweep = ks.Sweep(path)
+    found = [o for name in sweep.arms for o in sweep.outcomes(name)]
+    found = [o for o in found if np.isfinite(o.loss)]
+    read = {id(o): curves(o) for o in found}
+    warmup = sweep.flags["warmup_steps"]
+    for o in found:
+        best = min((b for b in found if b.seed == o.seed), key=lambda b: b.loss)
+        own = min(b.loss for b in found if b.label == o.label)
+        run, shares = read[id(o)]
+        became, onset = label(o, run, best, read[id(best)][0], own)
+        halt, why, spikes = verdict(run, shares, warmup)
+        fired = {"ours: halt": halt}
+        fired |= {name: rule(run) for name, rule in RULES.items()}
+        fired[MAXIMA] = first(run["max_logit"] > 1000)
+        yield {
+            "name": str(Path(o.path).relative_to(sweep.path.parent)),
+            "label": became,
+            "loss": o.loss,
+            "onset": onset,
+            "steps": len(run["loss"]),
+            "verdict": why,
+            "spikes": spikes,
+            "fired": fired,
+        }
+
+
+def summary(rows):
+    healthy = [row for row in rows if row["label"] == "converged"]
+    spikes = sum(row["spikes"] for row in healthy)
+    steps = sum(row["steps"] for row in healthy)
+    return {
+        "runs": len(rows),
+        "degraded": sum(row["label"] == "degraded" for row in rows),
+        "healthy_steps": steps,
+        "spikes_in_10000_healthy_steps": 1e4 * spikes / steps,
+        "table": [score(rows, rule) for rule in rows[0]["fired"]],
+    }
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("sweeps", nargs="+", metavar="DIR", help="the rule was chosen on these")
+    add("--new", nargs="+", metavar="DIR", default=[], help="and not on these")
+    add("--out", default="recipes/results/detection_sweeps.json")
+    args = parser.parse_args(arguments)
+    result = {"schema": 1}
+    try:
+        for name, paths in (("chosen on", args.sweeps), ("new", args.new)):
+            rows = [row for path in paths for row in rows_of(path)]
+            if not rows:
+                continue
+            result[name] = {**summary(rows), "rows": rows}
+            found = result[name]
+            print(f"{name}: {found['runs']} runs, {found['degraded']} degraded")
+            print(table(found["table"]))
+            print(
+                f"loss spikes in 10 000 healthy steps: "
+                f"{found['spikes_in_10000_healthy_steps']:.2f}\n"
+            )
+            for row in rows:
+                halt, lost = row["verdict"], row["label"] == "diverged"
+                if row["label"] != "degraded" and lost != bool(halt):
+                    print(f"{row['name']}: {row['label']}, {halt or 'no halt'}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"detection_sweeps: {error}")
+    ks.records.write_json(args.out, result)
+
+
+if __name__ == "__main__":
+    main()
