@@ -186,7 +186,9 @@ def backward(
     K = k_BTKH.shape[2]
     G = N // K
     one = pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n, 0))
-    key = pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n // G, 0))
+    key = pl.BlockSpec(
+        (None, T, None, H), lambda i, n, b: (b, 0, lax.div(n, G), 0)
+    )
     ids = pl.BlockSpec((None, T), lambda i, n, b: (b, 0))
     ids = None if ids_BT is None else ids
     row = pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))

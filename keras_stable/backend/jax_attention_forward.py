@@ -8,6 +8,7 @@ import functools
 import math
 
 import jax
+from jax import lax
 from jax import numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -109,7 +110,7 @@ def _kernel(
         return y + tiles.product(c.astype(v.dtype), v)
 
     if formula.clip is None:
-        y = more.pop(0) / total[:, None]
+        y = more.pop(0) * (1 / total)[:, None]
     else:
         y = visit(clipped, jnp.zeros((Q, H), "float32"))
     tiles.store(y_ref, i * Q, Q, length, y)
@@ -130,7 +131,9 @@ def forward(q_BTNH, k_BTKH, v_BTKH, ids_BT, *, formula, measured, blocks):
     B, T, N, H = q_BTNH.shape
     G = N // k_BTKH.shape[2]
     one = pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n, 0))
-    key = pl.BlockSpec((None, T, None, H), lambda i, n, b: (b, 0, n // G, 0))
+    key = pl.BlockSpec(
+        (None, T, None, H), lambda i, n, b: (b, 0, lax.div(n, G), 0)
+    )
     ids = pl.BlockSpec((None, T), lambda i, n, b: (b, 0))
     row = pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))
     count = 3 if measured else 1
