@@ -89,8 +89,8 @@ def attend_fused(
         segment_ids: int array (B, T) or None: tokens see their own document.
         sliding_window: int or None: how many keys a query sees at most.
         statistics: bool. Whether to measure the logits of every row.
-        blocks: `{"forward" or "dq" or "dkv": Blocks}`, for those that shall
-            not be those of the table `jax_attention_tiles.BLOCKS`.
+        blocks: `{"forward" or "dq" or "dkv": Blocks}` in place of those that
+            `jax_attention_tiles.blocks_of` gives for the card.
         interpret: bool. Whether to run the kernels without a GPU, slowly.
 
     Returns:
@@ -128,15 +128,17 @@ def attend_fused(
         window=None if sliding_window is None else int(sliding_window),
         interpret=interpret,
     )
-    shapes = tuple(
-        tiles.blocks_of(name, T, H, dtype, blocks)
+    card = jax_mesh.device_kind()
+    blocks = {
+        name: tiles.blocks_of(name, T, H, dtype, card)
         for name in ("forward", "dq", "dkv")
-    )
+    } | (blocks or {})
+    blocks = blocks["forward"], blocks["dq"], blocks["dkv"]
     ids_BT = None if segment_ids is None else segment_ids.astype("int32")
 
     def local(q_BTNH, k_BTKH, v_BTKH, ids_BT):
         return _attend(
-            q_BTNH, k_BTKH, v_BTKH, ids_BT, formula, statistics, shapes
+            q_BTNH, k_BTKH, v_BTKH, ids_BT, formula, statistics, blocks
         )
 
     local = jax_mesh.on_each_device(

@@ -33,31 +33,57 @@ class Blocks:
     stages: int = 2
 
 
-# By pass ("forward", "dq", "dkv") and head size up to which they serve. Shared
-# memory: stages x visited rows x head size x 2 tensors.
-BLOCKS = {
-    ("forward", 64): Blocks(128, 64, warps=4, stages=3),
-    ("forward", 128): Blocks(128, 64, warps=8, stages=2),
-    ("forward", 256): Blocks(64, 32, warps=4, stages=2),
-    ("dq", 64): Blocks(128, 64, warps=8, stages=2),
-    ("dq", 128): Blocks(64, 64, warps=4, stages=2),
-    ("dq", 256): Blocks(64, 32, warps=4, stages=1),
-    ("dkv", 64): Blocks(64, 128, warps=8, stages=2),
-    ("dkv", 128): Blocks(32, 64, warps=4, stages=2),
-    ("dkv", 256): Blocks(32, 64, warps=8, stages=1),
+# By head size up to which they serve, and pass. Without spilled registers, and
+# where it can be with two programs or more at once in a multiprocessor, so that
+# one multiplies while another's exponentials are waited for.
+HOPPER = {
+    64: {
+        "forward": Blocks(128, 64, warps=4, stages=3),
+        "dq": Blocks(64, 64),
+        "dkv": Blocks(64, 64),
+    },
+    128: {
+        "forward": Blocks(64, 64),
+        "dq": Blocks(64, 64),
+        "dkv": Blocks(32, 64),
+    },
+    256: {
+        "forward": Blocks(64, 32),
+        "dq": Blocks(64, 64, warps=8),
+        "dkv": Blocks(32, 64, warps=8),
+    },
 }
+# What runs everywhere, in 99 kB of shared memory.
+SAFE = {
+    64: dict.fromkeys(("forward", "dq", "dkv"), Blocks(64, 64)),
+    128: dict.fromkeys(("forward", "dq", "dkv"), Blocks(32, 32)),
+    256: dict.fromkeys(("forward", "dq", "dkv"), Blocks(32, 32, stages=1)),
+}
+# The same for numbers of four bytes.
+SAFE_FLOAT32 = {
+    128: dict.fromkeys(("forward", "dq", "dkv"), Blocks(32, 32, stages=1)),
+    256: dict.fromkeys(("forward", "dq", "dkv"), Blocks(16, 16, stages=1)),
+}
+# Marketing names of what `HOPPER` was made for.
+HOPPERS = ("H100", "H200", "H800", "H20", "GH200")
 
 
-def blocks_of(name, length, head_size, dtype, given=None):
-    """The `Blocks` of a pass: given, or of the table; none longer than T."""
-    found = (given or {}).get(name)
-    if found is None:
-        size = next(size for size in (64, 128, 256) if head_size <= size)
-        found = BLOCKS[name, size]
-        if jnp.dtype(dtype).itemsize > 2:
-            # Twice the shared memory a number.
-            small = {"queries": 32, "keys": 32, "warps": 4, "stages": 1}
-            found = Blocks(**small)
+def blocks_of(name, length, head_size, dtype, card):
+    """The `Blocks` of a pass, none longer than the sequence.
+
+    Args:
+        name: `"forward"`, `"dq"` or `"dkv"`.
+        length, head_size: int.
+        dtype: of queries and keys.
+        card: `device_kind` of JAX's device.
+    """
+    if jnp.dtype(dtype).itemsize > 2:
+        table = SAFE_FLOAT32
+    elif any(word in HOPPERS for word in card.split()):
+        table = HOPPER
+    else:
+        table = SAFE
+    found = table[min(size for size in table if head_size <= size)][name]
     # Tensor cores multiply sixteen rows at least.
     most = max(16, pl.next_power_of_2(length))
     return dataclasses.replace(

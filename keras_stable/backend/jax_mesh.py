@@ -27,6 +27,13 @@ def platform():
     return "gpu" if name in ("cuda", "rocm") else name
 
 
+def device_kind():
+    """The name of the device the program being traced is for, as "H200"."""
+    found = mesh()
+    device = jax.devices()[0] if found is None else found.devices.flat[0]
+    return device.device_kind
+
+
 def _share(axis, *sizes):
     """The mesh's axis, if it divides all the sizes; else None."""
     devices = mesh().shape.get(axis, 1)
