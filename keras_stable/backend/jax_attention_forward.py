@@ -62,21 +62,20 @@ def _kernel(
     def only(visible, x):
         return x if visible is None else jnp.where(visible, x, tiles.LOW)
 
-    def largest_logit(largest):
-        return formula.z(largest, 0.0)[0]
-
     def online(j, carry, masked):
-        largest, total, *more = carry
+        before, total, *more = carry
         found, visible = scores(j, masked)
-        before = largest_logit(largest)
         # The cap increases: the largest score is of the largest logit.
-        largest = jnp.maximum(largest, only(visible, found).max(axis=1))
-        now = largest_logit(largest)
+        largest = only(visible, found).max(axis=1)
+        # Nothing but `maximum` may be subtracted from `before`: a product
+        # would not be rounded, and what does not change would shrink.
+        now = jnp.maximum(before, formula.z(largest, 0.0)[0])
         z = only(visible, formula.z(found, now[:, None])[0])
         e = formula.exp2(z)
         shrink = formula.exp2(before - now)
-        carry = [largest, total * shrink + e.sum(axis=1)]
+        carry = [now, total * shrink + e.sum(axis=1)]
         if measured:
+            carry.append(jnp.maximum(more.pop(0), largest))
             entropy = more.pop(0) + (before - now) * total
             carry.append(entropy * shrink + (e * z).sum(axis=1))
         if formula.clip is None:
@@ -89,17 +88,18 @@ def _kernel(
     zeros = jnp.zeros(Q, "float32")
     carry = [zeros + tiles.LOW, zeros]
     if measured:
-        carry.append(zeros)
+        carry += [zeros + tiles.LOW, zeros]
     if formula.clip is None:
         carry.append(jnp.zeros((Q, H), "float32"))
-    largest, total, *more = visit(online, tuple(carry))
-    lse = largest_logit(largest) + jnp.log2(total)
+    shift, total, *more = visit(online, tuple(carry))
+    lse = shift + jnp.log2(total)
     tiles.store(lse_ref, i * Q, Q, length, lse)
     if measured:
-        entropy = math.log(2) * (jnp.log2(total) - more.pop(0) / total)
+        largest, entropy = more.pop(0), more.pop(0)
+        entropy = math.log(2) * (jnp.log2(total) - entropy / total)
         # The maximum passes over NaN; sums do not.
-        top = jnp.where(total == total, largest * formula.scale, total)
-        for ref, value in zip(measured_refs, (top, entropy)):
+        largest = jnp.where(total == total, largest * formula.scale, total)
+        for ref, value in zip(measured_refs, (largest, entropy)):
             tiles.store(ref, i * Q, Q, length, value)
 
     def clipped(j, y, masked):
