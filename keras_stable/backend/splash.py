@@ -13,9 +13,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
-from jax.sharding import PartitionSpec
 
-from keras_stable.backend.jax_mesh import mesh
+from keras_stable.backend.jax_mesh import on_each_device
 from keras_stable.backend.jax_mesh import platform
 
 # Lanes of a TPU's registers, of which lengths must be multiples; and the most
@@ -48,12 +47,6 @@ def _pad(x, axis, multiple):
     widths = [(0, 0)] * x.ndim
     widths[axis] = (0, -x.shape[axis] % multiple)
     return jnp.pad(x, widths)
-
-
-def _share(axis, *sizes):
-    """The mesh's axis, if it divides all the sizes; else None."""
-    devices = mesh().shape.get(axis, 1)
-    return axis if all(size % devices == 0 for size in sizes) else None
 
 
 def splash(
@@ -110,18 +103,13 @@ def splash(
         ids = kernels.SegmentIds(q=ids_BT, kv=ids_BT)
         return jax.vmap(run)(q_BNTH, k_BKTH, v_BKTH, ids)
 
-    if mesh() is not None:
-        # The compiler of a distributed program cannot divide a kernel.
-        batch, model = _share("batch", B), _share("model", N, K)
-        heads = PartitionSpec(batch, model, None, None)
-        rows = None if ids is None else PartitionSpec(batch, None)
-        local = jax.shard_map(
-            local,
-            mesh=mesh(),
-            in_specs=(heads, heads, heads, rows),
-            out_specs=heads,
-            check_vma=False,
-        )
+    local = on_each_device(
+        local,
+        ("BNTH", "BNTH", "BNTH", None if ids is None else "BT"),
+        "BNTH",
+        batch=B,
+        heads=(N, K),
+    )
     y_BNTH = local(*tensors, ids)
     return y_BNTH.swapaxes(1, 2)[:, :T]
 
