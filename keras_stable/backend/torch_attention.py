@@ -17,18 +17,18 @@ HEAD_SIZES = (16, 32, 64, 128, 256)
 # for 16-bit numbers on GPUs with the matrix units and memory of an H100.
 BLOCKS = {
     "forward": {
-        64: (128, 64, 4, 3),
+        64: (64, 64, 4, 3),
         128: (128, 64, 8, 3),
         256: (128, 32, 8, 2),
     },
     "queries": {
-        64: (128, 64, 8, 3),
-        128: (128, 64, 8, 2),
-        256: (64, 32, 8, 2),
+        64: (64, 64, 4, 3),
+        128: (64, 64, 4, 2),
+        256: (128, 32, 8, 2),
     },
     "keys": {
-        64: (64, 128, 8, 3),
-        128: (64, 128, 8, 2),
+        64: (64, 64, 4, 2),
+        128: (32, 128, 8, 2),
         256: (32, 64, 8, 2),
     },
 }
@@ -63,12 +63,6 @@ def _numbers(scale, cap, gamma, zeta):
         "gamma": gamma,
         "width": None if gamma is None else zeta - gamma,
     }
-
-
-def _launch(kernel, heads, length, shape, *tensors, **numbers):
-    """Runs a kernel: a program for each block of `length` of each head."""
-    block_t, block_s, warps, stages = shape
-    programs = heads * -(-length // numbers.pop("block"))
 
 
 @torch.library.custom_op("keras_stable::attend", mutates_args=())

@@ -86,14 +86,14 @@ def queries_kernel(
                 v = rows(V, s, T, N // G * H, H, part != 1)
                 qk = tl.dot(q, tl.trans(k), input_precision="ieee")
                 dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
-                z, _ = logits(qk, height, rate, lse[:, None])
+                z = logits(qk, height, rate, lse[:, None])[0]
                 p = tl.exp2(z)
                 if MASKED or part != 1:
                     seen = visible(
                         t, s, ids_t, ids(IDS, s, T), window, part != 1, False
                     )
                     p = tl.where(seen, p, 0.0)
-                _, inner = clipped(p, gamma, width)
+                inner = clipped(p, gamma, width)[1]
                 delta += tl.sum(tl.where(inner, p * (width * dp), 0.0), 1)
     tl.store(DELTA + row, delta, mask=t < T)
 
@@ -112,7 +112,7 @@ def queries_kernel(
                 )
                 p = tl.where(seen, p, 0.0)
             if gamma is not None:
-                _, inner = clipped(p, gamma, width)
+                inner = clipped(p, gamma, width)[1]
                 dp = tl.where(inner, width * dp, 0.0)
             dz = p * (dp - delta[:, None])
             if rate is not None:
@@ -197,12 +197,14 @@ def keys_kernel(
                         t, s, ids(IDS, t, T), ids_s, window, part != 1, True
                     )
                     p = tl.where(seen, p, 0.0)
-                dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
-                c = p
-                if gamma is not None:
+                if gamma is None:
+                    dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
+                    dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+                else:
                     c, inner = clipped(p, gamma, width)
+                    dv = tl.dot(c.to(dy.dtype), dy, dv, input_precision="ieee")
+                    dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
                     dp = tl.where(inner, width * dp, 0.0)
-                dv = tl.dot(c.to(dy.dtype), dy, dv, input_precision="ieee")
                 dz = p * (dp - delta[None, :])
                 if rate is not None:
                     dz = dz * (r - r * r)

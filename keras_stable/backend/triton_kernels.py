@@ -26,22 +26,45 @@ import triton.language as tl
 PTX = tl.constexpr(not triton.knobs.runtime.interpret and not torch.version.hip)
 # Below every logit, and finite: less itself it is 0.
 LOWEST = tl.constexpr(-1e30)
+# Numbers of a block from which each thread has a multiple of four of them.
+FOURS = tl.constexpr(2048)
 LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def _reciprocal(x):
-    """1 / x within one unit in the last place; 0 for infinite x."""
-    if PTX:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;",
-            "=f,f",
+    """1 / x of numbers from 1 to 2^31, within four units in the last place.
+
+    Reciprocals and powers come from a unit with an eighth of the throughput of
+    products, and it bounds the time of a cap. Four numbers share a reciprocal:
+    1 / a = (b c d) / (a b c d).
+    """
+    if PTX and x.numel >= FOURS:
+        y = tl.inline_asm_elementwise(
+            """
+            {
+            .reg .f32 ab, cd, ab_inverse, cd_inverse, inverse;
+            mul.f32 ab, $4, $5;
+            mul.f32 cd, $6, $7;
+            mul.f32 inverse, ab, cd;
+            rcp.approx.ftz.f32 inverse, inverse;
+            mul.f32 ab_inverse, inverse, cd;
+            mul.f32 cd_inverse, inverse, ab;
+            mul.f32 $0, ab_inverse, $5;
+            mul.f32 $1, ab_inverse, $4;
+            mul.f32 $2, cd_inverse, $7;
+            mul.f32 $3, cd_inverse, $6;
+            }
+            """,
+            "=&f,=&f,=&f,=&f,f,f,f,f",
             [x],
             dtype=tl.float32,
             is_pure=True,
-            pack=1,
+            pack=4,
         )
-    return 1.0 / x
+    else:
+        y = 1.0 / x
+    return y
 
 
 @triton.jit
@@ -52,17 +75,17 @@ def logits(qk, height, rate, less):
 
         z = height * tanh(x),  tanh(x) = 1 - 2 r,  r = 1 / (1 + exp(2 x))
 
-    where 2 x log2(e) is `rate * qk`, and dz / dx = 4 height r (1 - r). Where
-    exp overflows or vanishes, r is 0 or 1 as it should be. The error of z is a
-    few 1e-7 of the cap, from the difference near x = 0. `tanh.approx.f32`
-    would replace two slow instructions by one, with an error of 5e-4 of z:
-    0.02 nats near a cap of 50.
+    where 2 x log2(e) is `rate * qk`, and dz / dx = 4 height r (1 - r). From
+    2^30 on, exp changes nothing. The error of z is a few 1e-7 of the cap, from
+    the difference near x = 0. `tanh.approx.f32` would replace exp and r, with
+    an error of 5e-4 of z: 0.02 nats near a cap of 50.
     """
     if rate is None:
         r = qk
         z = qk * height - less
     else:
-        r = _reciprocal(1.0 + tl.exp2(qk * rate))
+        x = tl.minimum(qk * rate, 30.0, propagate_nan=tl.PropagateNan.ALL)
+        r = _reciprocal(1.0 + tl.exp2(x))
         z = (height - less) - (2.0 * height) * r
     return z, r
 
@@ -102,8 +125,10 @@ def rows(pointer, i, end, stride, H: tl.constexpr, EDGE: tl.constexpr):
     """Rows `i` of a matrix with H columns; zeros from row `end` on."""
     pointers = pointer + i[:, None] * stride + tl.arange(0, H)[None, :]
     if EDGE:
-        return tl.load(pointers, mask=i[:, None] < end, other=0.0)
-    return tl.load(pointers)
+        x = tl.load(pointers, mask=i[:, None] < end, other=0.0)
+    else:
+        x = tl.load(pointers)
+    return x
 
 
 @triton.jit
@@ -116,8 +141,10 @@ def store_rows(pointer, x, i, end, stride, H: tl.constexpr):
 def ids(pointer, i, end):
     """Documents of positions `i`, or None."""
     if pointer is None:
-        return None
-    return tl.load(pointer + i, mask=i < end, other=-1)
+        found = None
+    else:
+        found = tl.load(pointer + i, mask=i < end, other=-1)
+    return found
 
 
 @triton.jit
@@ -200,7 +227,7 @@ def forward_kernel(
     q = rows(Q, t, T, N * H, H, True)
     ids_t = ids(IDS, t, T)
     largest = tl.full([BLOCK_T], LOWEST, tl.float32)
-    less, _ = logits(largest, height, rate, 0.0)
+    less = logits(largest, height, rate, 0.0)[0]
     total = tl.zeros([BLOCK_T], tl.float32)
     weighted = tl.zeros([BLOCK_T], tl.float32)
     y = tl.zeros([BLOCK_T, H], tl.float32)
@@ -220,8 +247,8 @@ def forward_kernel(
             else:
                 largest = tl.maximum(largest, tl.max(qk, 1))
             # The cap of the largest logit is the largest capped logit.
-            now, _ = logits(largest, height, rate, 0.0)
-            z, _ = logits(qk, height, rate, now[:, None])
+            now = logits(largest, height, rate, 0.0)[0]
+            z = logits(qk, height, rate, now[:, None])[0]
             p = tl.exp2(z)
             if MASKED or part != 1:
                 p = tl.where(seen, p, 0.0)
@@ -255,13 +282,13 @@ def forward_kernel(
                 k = rows(K, s, T, N // G * H, H, part != 1)
                 v = rows(V, s, T, N // G * H, H, part != 1)
                 qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-                z, _ = logits(qk, height, rate, lse[:, None])
+                z = logits(qk, height, rate, lse[:, None])[0]
                 p = tl.exp2(z)
                 if MASKED or part != 1:
                     seen = visible(
                         t, s, ids_t, ids(IDS, s, T), window, part != 1, False
                     )
                     p = tl.where(seen, p, 0.0)
-                c, _ = clipped(p, gamma, width)
+                c = clipped(p, gamma, width)[0]
                 y = tl.dot(c.to(v.dtype), v, y, input_precision="ieee")
     store_rows(Y, y, t, T, N * H, H)
