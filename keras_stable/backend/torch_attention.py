@@ -32,12 +32,17 @@ BLOCKS = {
         256: (32, 64, 8, 2),
     },
 }
-# For all else: 64 KiB of shared memory are enough.
+# For all else, within the 99 KiB of shared memory of the smaller Amperes, by
+# bytes of a number and head size.
 SAFE = {
     2: {128: (64, 32, 4, 2), 256: (32, 16, 4, 2)},
     4: {128: (32, 16, 4, 1), 256: (16, 16, 4, 1)},
 }
-SAFE_OF_SMALL = (64, 32, 4, 2)
+
+
+def safe_blocks(H, itemsize):
+    """As `blocks_of`, on any GPU."""
+    return SAFE[itemsize].get(H, (64, 32, 4, 2))
 
 
 def blocks_of(kernel, x):
@@ -51,7 +56,7 @@ def blocks_of(kernel, x):
     if x.is_cuda and x.itemsize == 2 and H in BLOCKS[kernel]:
         if torch.cuda.get_device_capability(x.device)[0] >= 9:
             return BLOCKS[kernel][H]
-    return SAFE[x.itemsize].get(H, SAFE_OF_SMALL)
+    return safe_blocks(H, x.itemsize)
 
 
 def _numbers(scale, cap, gamma, zeta):
@@ -83,7 +88,7 @@ def attend(
 
     q, k, v = (x.contiguous() for x in (q, k, v))
     B, T, N, H = q.shape
-    y, *rows = _results(q, statistics)
+    y, *rows = results(q, statistics)
     some = rows if statistics else (rows[0], None, None)
     block_t, block_s, warps, stages = blocks_of("forward", q)
     # Kernels run on the current device, whichever their arguments are on.
@@ -105,7 +110,8 @@ def attend(
     return y, *rows
 
 
-def _results(q, statistics):
+def results(q, statistics):
+    """Arrays for what `attend` returns."""
     B, T, N, _ = q.shape
 
     def rows(measured):
@@ -118,7 +124,7 @@ def _results(q, statistics):
 
 @attend.register_fake
 def _(q, k, v, segment_ids, scale, cap, gamma, zeta, window, statistics):
-    return _results(q, statistics)
+    return results(q, statistics)
 
 
 @torch.library.custom_op("keras_stable::attend_gradient", mutates_args=())
@@ -187,6 +193,8 @@ def _(dy, q, k, v, *others):
 def _setup(ctx, inputs, output):
     *tensors, scale, cap, gamma, zeta, window, _ = inputs
     y, lse, *_ = output
+    # No zeros for rows, which nothing is learned from.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, y, lse)
     ctx.numbers = scale, cap, gamma, zeta, window
 

@@ -7,10 +7,12 @@ names and shapes are those of `triton_kernels`.
 import triton
 import triton.language as tl
 
+from keras_stable.backend.triton_kernels import LOWEST
 from keras_stable.backend.triton_kernels import clipped
 from keras_stable.backend.triton_kernels import ids
 from keras_stable.backend.triton_kernels import key_blocks
 from keras_stable.backend.triton_kernels import logits
+from keras_stable.backend.triton_kernels import product
 from keras_stable.backend.triton_kernels import query_blocks
 from keras_stable.backend.triton_kernels import rows
 from keras_stable.backend.triton_kernels import store_rows
@@ -84,15 +86,15 @@ def queries_kernel(
                 s = block * BLOCK_S + tl.arange(0, BLOCK_S)
                 k = rows(K, s, T, N // G * H, H, part != 1)
                 v = rows(V, s, T, N // G * H, H, part != 1)
-                qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-                dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
+                qk = product(q, tl.trans(k))
+                dp = product(dy, tl.trans(v))
                 z = logits(qk, height, rate, lse[:, None])[0]
-                p = tl.exp2(z)
                 if MASKED or part != 1:
                     seen = visible(
                         t, s, ids_t, ids(IDS, s, T), window, part != 1, False
                     )
-                    p = tl.where(seen, p, 0.0)
+                    z = tl.where(seen, z, LOWEST)
+                p = tl.exp2(z)
                 inner = clipped(p, gamma, width)[1]
                 delta += tl.sum(tl.where(inner, p * (width * dp), 0.0), 1)
     tl.store(DELTA + row, delta, mask=t < T)
@@ -102,22 +104,22 @@ def queries_kernel(
             s = block * BLOCK_S + tl.arange(0, BLOCK_S)
             k = rows(K, s, T, N // G * H, H, part != 1)
             v = rows(V, s, T, N // G * H, H, part != 1)
-            qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-            dp = tl.dot(dy, tl.trans(v), input_precision="ieee")
+            qk = product(q, tl.trans(k))
+            dp = product(dy, tl.trans(v))
             z, r = logits(qk, height, rate, lse[:, None])
-            p = tl.exp2(z)
             if MASKED or part != 1:
                 seen = visible(
                     t, s, ids_t, ids(IDS, s, T), window, part != 1, False
                 )
-                p = tl.where(seen, p, 0.0)
+                z = tl.where(seen, z, LOWEST)
+            p = tl.exp2(z)
             if gamma is not None:
                 inner = clipped(p, gamma, width)[1]
                 dp = tl.where(inner, width * dp, 0.0)
             dz = p * (dp - delta[:, None])
             if rate is not None:
                 dz = dz * (r - r * r)
-            dq = tl.dot(dz.to(k.dtype), k, dq, input_precision="ieee")
+            dq = product(dz.to(k.dtype), k, dq)
     store_rows(DQ, slope * dq, t, T, N * H, H)
 
 
@@ -189,25 +191,25 @@ def keys_kernel(
                 else:
                     lse = tl.load(LSE + row + t)
                     delta = tl.load(DELTA + row + t)
-                qk = tl.dot(k, tl.trans(q), input_precision="ieee")
+                qk = product(k, tl.trans(q))
                 z, r = logits(qk, height, rate, lse[None, :])
-                p = tl.exp2(z)
                 if MASKED or part != 1:
                     seen = visible(
                         t, s, ids(IDS, t, T), ids_s, window, part != 1, True
                     )
-                    p = tl.where(seen, p, 0.0)
+                    z = tl.where(seen, z, LOWEST)
+                p = tl.exp2(z)
                 if gamma is None:
-                    dv = tl.dot(p.to(dy.dtype), dy, dv, input_precision="ieee")
-                    dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+                    dv = product(p.to(dy.dtype), dy, dv)
+                    dp = product(v, tl.trans(dy))
                 else:
                     c, inner = clipped(p, gamma, width)
-                    dv = tl.dot(c.to(dy.dtype), dy, dv, input_precision="ieee")
-                    dp = tl.dot(v, tl.trans(dy), input_precision="ieee")
+                    dv = product(c.to(dy.dtype), dy, dv)
+                    dp = product(v, tl.trans(dy))
                     dp = tl.where(inner, width * dp, 0.0)
                 dz = p * (dp - delta[None, :])
                 if rate is not None:
                     dz = dz * (r - r * r)
-                dk = tl.dot(dz.to(q.dtype), q, dk, input_precision="ieee")
+                dk = product(dz.to(q.dtype), q, dk)
     store_rows(DK, slope * dk, s, T, N // G * H, H)
     store_rows(DV, dv, s, T, N // G * H, H)

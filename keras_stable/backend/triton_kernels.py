@@ -22,8 +22,9 @@ import torch
 import triton
 import triton.language as tl
 
-# The interpreter and AMD's compiler know no PTX.
-PTX = tl.constexpr(not triton.knobs.runtime.interpret and not torch.version.hip)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Neither the interpreter nor AMD's compiler knows PTX.
+PTX = tl.constexpr(not (INTERPRETED.value or torch.version.hip))
 # Below every logit, and finite: less itself it is 0.
 LOWEST = tl.constexpr(-1e30)
 # Numbers of a block from which each thread has a multiple of four of them.
@@ -118,6 +119,16 @@ def visible(
         )
         seen = seen & same if EDGE else same
     return seen
+
+
+@triton.jit
+def product(a, b, total=None):
+    """`a b + total`, sums in float32."""
+    if INTERPRETED:
+        # It would multiply the bits of bfloat16.
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    # Not in TF32, of 10 bits, where the numbers are float32.
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit
@@ -237,7 +248,7 @@ def forward_kernel(
         for block in range(bounds[part], bounds[part + 1]):
             s = block * BLOCK_S + tl.arange(0, BLOCK_S)
             k = rows(K, s, T, N // G * H, H, part != 1)
-            qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+            qk = product(q, tl.trans(k))
             seen = visible(
                 t, s, ids_t, ids(IDS, s, T), window, part != 1, False
             )
@@ -249,9 +260,9 @@ def forward_kernel(
             # The cap of the largest logit is the largest capped logit.
             now = logits(largest, height, rate, 0.0)[0]
             z = logits(qk, height, rate, now[:, None])[0]
-            p = tl.exp2(z)
             if MASKED or part != 1:
-                p = tl.where(seen, p, 0.0)
+                z = tl.where(seen, z, LOWEST)
+            p = tl.exp2(z)
             before = tl.exp2(less - now)
             if ENTROPY is not None:
                 moved = weighted + (less - now) * total
@@ -261,7 +272,7 @@ def forward_kernel(
             if gamma is None:
                 v = rows(V, s, T, N // G * H, H, part != 1)
                 y = y * before[:, None]
-                y = tl.dot(p.to(v.dtype), v, y, input_precision="ieee")
+                y = product(p.to(v.dtype), v, y)
 
     # Rows beyond the end, which are not stored, may have seen nothing.
     total = tl.where(total > 0.0, total, 1.0)
@@ -281,14 +292,14 @@ def forward_kernel(
                 s = block * BLOCK_S + tl.arange(0, BLOCK_S)
                 k = rows(K, s, T, N // G * H, H, part != 1)
                 v = rows(V, s, T, N // G * H, H, part != 1)
-                qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+                qk = product(q, tl.trans(k))
                 z = logits(qk, height, rate, lse[:, None])[0]
-                p = tl.exp2(z)
                 if MASKED or part != 1:
                     seen = visible(
                         t, s, ids_t, ids(IDS, s, T), window, part != 1, False
                     )
-                    p = tl.where(seen, p, 0.0)
+                    z = tl.where(seen, z, LOWEST)
+                p = tl.exp2(z)
                 c = clipped(p, gamma, width)[0]
-                y = tl.dot(c.to(v.dtype), v, y, input_precision="ieee")
+                y = product(c.to(v.dtype), v, y)
     store_rows(Y, y, t, T, N * H, H)
