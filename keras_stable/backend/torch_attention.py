@@ -70,6 +70,31 @@ def _numbers(scale, cap, gamma, zeta):
     }
 
 
+def _launch(name, kernel, arrays, window, numbers):
+    """Runs a kernel on `arrays`, of which the first are queries and keys."""
+    q, k = arrays[:2]
+    B, T, N, H = q.shape
+    K = k.shape[2]
+    block_t, block_s, warps, stages = blocks_of(name, q)
+    # A program for each block of each head.
+    heads, block = (B * K, block_s) if name == "keys" else (B * N, block_t)
+    # Of the device of the arrays, which need not be the current one.
+    with torch.cuda.device_of(q):
+        kernel[(heads * -(-T // block),)](
+            *arrays,
+            T,
+            window,
+            **numbers,
+            N=N,
+            G=N // K,
+            H=H,
+            BLOCK_T=block_t,
+            BLOCK_S=block_s,
+            num_warps=warps,
+            num_stages=stages,
+        )
+
+
 @torch.library.custom_op("keras_stable::attend", mutates_args=())
 def attend(
     q: torch.Tensor,
@@ -87,26 +112,11 @@ def attend(
     from keras_stable.backend.triton_kernels import forward_kernel
 
     q, k, v = (x.contiguous() for x in (q, k, v))
-    B, T, N, H = q.shape
     y, *rows = results(q, statistics)
     some = rows if statistics else (rows[0], None, None)
-    block_t, block_s, warps, stages = blocks_of("forward", q)
-    # Kernels run on the current device, whichever their arguments are on.
-    with torch.cuda.device_of(q):
-        forward_kernel[(B * N * -(-T // block_t),)](
-            *(q, k, v, segment_ids, y, *some),
-            T,
-            window,
-            scale,
-            **_numbers(scale, cap, gamma, zeta),
-            N=N,
-            G=N // k.shape[2],
-            H=H,
-            BLOCK_T=block_t,
-            BLOCK_S=block_s,
-            num_warps=warps,
-            num_stages=stages,
-        )
+    numbers = {"scale": scale, **_numbers(scale, cap, gamma, zeta)}
+    arrays = q, k, v, segment_ids, y, *some
+    _launch("forward", forward_kernel, arrays, window, numbers)
     return y, *rows
 
 
@@ -143,45 +153,18 @@ def attend_gradient(
     window: Optional[int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients by queries, keys and values."""
-    from keras_stable.backend import triton_gradients
+    from keras_stable.backend import triton_gradients as kernels
 
     dy, q, k, v, y, lse = (x.contiguous() for x in (dy, q, k, v, y, lse))
-    B, T, N, H = q.shape
-    K = k.shape[2]
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    delta = torch.empty_like(lse)
-    numbers = _numbers(scale, cap, gamma, zeta)
+    dq, dk, dv, delta = (torch.empty_like(x) for x in (q, k, v, lse))
     # The derivative of the tanh is 4 r (1 - r).
-    numbers["slope"] = scale if cap is None else 4 * scale
-    with torch.cuda.device_of(q):
-        block_t, block_s, warps, stages = blocks_of("queries", q)
-        triton_gradients.queries_kernel[(B * N * -(-T // block_t),)](
-            *(q, k, v, segment_ids, y, dy, lse, delta, dq),
-            T,
-            window,
-            **numbers,
-            N=N,
-            G=N // K,
-            H=H,
-            BLOCK_T=block_t,
-            BLOCK_S=block_s,
-            num_warps=warps,
-            num_stages=stages,
-        )
-        block_t, block_s, warps, stages = blocks_of("keys", q)
-        triton_gradients.keys_kernel[(B * K * -(-T // block_s),)](
-            *(q, k, v, segment_ids, dy, lse, delta, dk, dv),
-            T,
-            window,
-            **numbers,
-            N=N,
-            G=N // K,
-            H=H,
-            BLOCK_T=block_t,
-            BLOCK_S=block_s,
-            num_warps=warps,
-            num_stages=stages,
-        )
+    slope = scale if cap is None else 4 * scale
+    numbers = {"slope": slope, **_numbers(scale, cap, gamma, zeta)}
+    # The first writes delta, and the second reads it.
+    arrays = q, k, v, segment_ids, y, dy, lse, delta, dq
+    _launch("queries", kernels.queries_kernel, arrays, window, numbers)
+    arrays = q, k, v, segment_ids, dy, lse, delta, dk, dv
+    _launch("keys", kernels.keys_kernel, arrays, window, numbers)
     return dq, dk, dv
 
 
@@ -283,6 +266,11 @@ def _check(q, k, v, scale, clip):
     if H not in HEAD_SIZES:
         raise ValueError(
             f"The kernels have head sizes {HEAD_SIZES}. Received: {H}"
+        )
+    if T * N * H >= 2**31:
+        raise ValueError(
+            "The kernels count the numbers of a sequence in 32 bits. "
+            f"Received: queries {tuple(q.shape)}"
         )
     if scale <= 0 or (clip is not None and clip[0] > 0):
         raise ValueError(
