@@ -158,6 +158,20 @@ def test_rising_logits():
     check([q, -k, v], 5e-3, scale=1.0)
 
 
+@pytest.mark.parametrize("clip", [None, CLIP])
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_nan_is_not_hidden(cap, clip):
+    given = [x.float().requires_grad_() for x in tensors(1, 40, 1, 1, 16)]
+    with torch.no_grad():
+        given[0][0, 20, 0, 3] = torch.nan
+    how = {"scale": 0.3, "cap": cap, "clip": clip, "statistics": True}
+    y, rows = attend_fused(*given, **how)
+    for x in (y[0, :, 0, 0], *(row[0, 0] for row in rows)):
+        assert x[20].isnan() and x[:20].isfinite().all()
+    for x in torch.autograd.grad(y[0, 20].sum(), given):
+        assert x[0, :21].isnan().any()
+
+
 def poisoned(x):
     """`x` in the middle of NaN: what is read beyond its ends shows."""
     around = torch.full((3, *x.shape), torch.nan, dtype=x.dtype)

@@ -38,7 +38,7 @@ def _reciprocal(x):
 
     Reciprocals and powers come from a unit with an eighth of the throughput of
     products, and it bounds the time of a cap. Four numbers share a reciprocal:
-    1 / a = (b c d) / (a b c d).
+    1 / a = (b c d) / (a b c d). NaN in one is NaN in all four.
     """
     if PTX and x.numel >= FOURS:
         y = tl.inline_asm_elementwise(
@@ -95,7 +95,10 @@ def logits(qk, height, rate, less):
 def clipped(p, gamma, width):
     """Clipped probabilities, and which are within the bounds."""
     c = width * p + gamma
-    return tl.minimum(tl.maximum(c, 0.0), 1.0), (c > 0.0) & (c < 1.0)
+    inner = (c > 0.0) & (c < 1.0)
+    # Alone, both would turn NaN into a bound.
+    c = tl.maximum(c, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(c, 1.0, propagate_nan=tl.PropagateNan.ALL), inner
 
 
 @triton.jit
@@ -275,14 +278,16 @@ def forward_kernel(
                 y = product(p.to(v.dtype), v, y)
 
     # Rows beyond the end, which are not stored, may have seen nothing.
-    total = tl.where(total > 0.0, total, 1.0)
+    total = tl.where(total == 0.0, 1.0, total)
     lse = less + tl.log2(total)
     row = head.to(tl.int64) * T + t
     tl.store(LSE + row, lse, mask=t < T)
     if ENTROPY is not None:
         entropy = LN2 * (tl.log2(total) - weighted / total)
         tl.store(ENTROPY + row, entropy, mask=t < T)
-        tl.store(LARGEST + row, scale * largest, mask=t < T)
+        # Of two numbers the maximum is the one that is not NaN.
+        largest = tl.where(lse == lse, scale * largest, lse)
+        tl.store(LARGEST + row, largest, mask=t < T)
 
     if gamma is None:
         y = y / total[:, None]
