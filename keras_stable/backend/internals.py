@@ -13,6 +13,7 @@ from keras.src import ops as source_ops
 FUNCTIONS = [
     "Stack",
     "add_product",
+    "add_slice",
     "apart",
     "attention",
     "carry",
@@ -41,6 +42,7 @@ FUNCTIONS = [
     "must_merge",
     "number",
     "observe_updates",
+    "operation",
     "peak_memory",
     "queueing",
     "processes",
