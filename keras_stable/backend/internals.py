@@ -29,6 +29,7 @@ FUNCTIONS = [
     "flash_attention",
     "fused",
     "fuses_adamw",
+    "fuses_attention",
     "gather",
     "gelu",
     "global_mean",

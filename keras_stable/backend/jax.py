@@ -23,6 +23,7 @@ from keras_stable.backend.jax_planning import shapes_of as shapes_of
 from keras_stable.backend.jax_planning import without_weights as without_weights
 from keras_stable.backend.splash import attention as attention
 from keras_stable.backend.splash import flash_attention as flash_attention
+from keras_stable.backend.splash import fuses_attention as fuses_attention
 from keras_stable.backend.whole_steps import add_slice as add_slice
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused

@@ -43,8 +43,8 @@ def operation(name, forward, backward):
             gradients of the first tensors, for all that have one.
 
     Returns:
-        Function of `tensors`, a list, and `settings`, a tuple of numbers, bools,
-        None and tuples of them. It returns what `forward` does.
+        Function of `tensors`, a list, and `settings`, a tuple of numbers,
+        bools, None and tuples of them. It returns what `forward` does.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

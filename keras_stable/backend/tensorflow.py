@@ -174,6 +174,16 @@ def matmul_float32(a, b):
     return tf.matmul(tf.cast(a, "float32"), tf.cast(b, "float32"))
 
 
+def fuses_attention(query, masked):
+    """Whether Keras's attention has no tensor of all logits.
+
+    Args:
+        query: tensor.
+        masked: bool. Whether it is given a mask.
+    """
+    return False
+
+
 def gelu(x):
     """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
     # In 16 bits it would add up rounding errors.
@@ -239,8 +249,8 @@ def operation(name, forward, backward):
             gradients of the first tensors, for all that have one.
 
     Returns:
-        Function of `tensors`, a list, and `settings`, a tuple of numbers, bools,
-        None and tuples of them. It returns what `forward` does.
+        Function of `tensors`, a list, and `settings`, a tuple of numbers,
+        bools, None and tuples of them. It returns what `forward` does.
     """
 
     def run(tensors, settings):

@@ -200,6 +200,17 @@ def update_adamw(optimizer, gradients, variables, learning_rate, decay):
             )
 
 
+def fuses_attention(query, masked):
+    """Whether Keras's attention has no tensor of all logits.
+
+    Args:
+        query: tensor.
+        masked: bool. Whether it is given a mask.
+    """
+    # A mask of all pairs, as floats, on a CPU.
+    return query.is_cuda or not masked
+
+
 def gelu(x):
     """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
     return torch.nn.functional.gelu(x)
