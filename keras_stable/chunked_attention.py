@@ -123,6 +123,9 @@ def _capped(raw, cap):
 
 
 def _softmax(z, mask):
+    if z.shape[-1] == 1:
+        # Of itself; Keras would warn.
+        return ops.ones_like(z)
     return ops.softmax(ops.where(mask, z, MASKED), axis=-1)
 
 

@@ -96,7 +96,7 @@ def chunked(
             return ops.sum(ops.cast(y, "float32") * dy), (y, *rows)
 
         way = jax.value_and_grad(traced, (0, 1, 2), has_aux=True)
-        (_, found), gradients = way(q, k, v)
+        (_, found), gradients = jax.jit(way)(q, k, v)
         return [numpy(x) for x in (*found, *gradients)]
     _, gradients = with_gradients(total, q, k, v)
     return [*kept["found"], *(numpy(x) for x in gradients)]
