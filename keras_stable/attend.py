@@ -1,4 +1,4 @@
-"""Attention from queries, keys and values: the formula, and its fused path.
+"""Attention from queries, keys and values: the formula, and its fast paths.
 
 B batch, T query time, S key time, N query heads, K key and value heads,
 G = N / K queries a key, H head dimension.
@@ -10,8 +10,17 @@ from keras import ops
 from keras_stable import backend
 from keras_stable import telemetry
 from keras_stable.choices import Softmax
+from keras_stable.chunked_attention import attend_chunked
 from keras_stable.entropy import MASKED
+from keras_stable.masks import visible
 from keras_stable.randomness import dropout
+
+# Logits (B, N, T, S) and length from which on chunks take over. Measured on a
+# CPU: below they are as fast as all at once, at twice the length several times
+# as fast, on all backends.
+LOGITS, LENGTH = 2**22, 512
+# Rows of a batch where they are not known when the step is traced.
+ROWS = 16
 
 
 def soft_cap(x, cap):
@@ -24,23 +33,16 @@ def soft_cap(x, cap):
     return cap * ops.tanh(x / cap)
 
 
-def visible(length, positions=None, segment_ids=None, sliding_window=None):
-    """Which of `length` keys each query sees: bool tensor (1 or B, T, S).
+def _is_large(q_BTNH):
+    """Whether chunks are faster than all logits at once, or the only way.
 
-    A token sees itself and earlier tokens of its own document, of those the
-    last `sliding_window`. Padding (segment 0) sees padding only, so that its
-    rows stay finite. `positions` (T,) of the queries default to all.
+    Not where the length is not known while a program is traced.
     """
-    s = ops.arange(length, dtype="int32")
-    t = (s if positions is None else positions)[:, None]
-    mask = s <= t
-    if sliding_window is not None:
-        mask = ops.logical_and(mask, t - s < sliding_window)
-    mask = mask[None]
-    if segment_ids is not None:
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask = ops.logical_and(mask, same)
-    return mask
+    B, T, N, _ = q_BTNH.shape
+    if not isinstance(T, int) or T < LENGTH:
+        return False
+    rows = B if isinstance(B, int) else ROWS
+    return rows * N * T * T > LOGITS
 
 
 def _fused(
@@ -72,6 +74,10 @@ def _fused(
             return y_BTNH
     if cap is not None:
         return None
+    masked = any(part is not None for part in which)
+    if positions is None and _is_large(q_BTNH):
+        if not backend.fuses_attention(q_BTNH, masked):
+            return None
     if k_BSKH.shape[2] == 1:
         # Keras on TensorFlow repeats two heads and more, but not one.
         k_BSKH, v_BSKH = (
@@ -83,6 +89,29 @@ def _fused(
         flash_attention=backend.flash_attention(),
         **where(),
     )
+
+
+def _gamma(clip, length):
+    if clip.gamma is not None:
+        return clip.gamma
+    if isinstance(length, int):
+        return -clip.alpha / length
+    return -clip.alpha / ops.cast(length, "float32")
+
+
+def _chunked(
+    q_BTNH, k_BTKH, v_BTKH, scale, cap, clip, segment_ids, sliding_window
+):
+    """`attend_chunked`, measured where something records."""
+    recorder = telemetry.recorder()
+    y_BTNH, rows = attend_chunked(
+        *(q_BTNH, k_BTKH, v_BTKH, scale, cap, clip),
+        *(segment_ids, sliding_window),
+        statistics=recorder is not None,
+    )
+    if rows is not None:
+        recorder.rows(*rows, segment_ids, sliding_window, cap)
+    return y_BTNH
 
 
 def attend(
@@ -109,6 +138,9 @@ def attend(
     y = dropout(p) v
     ```
 
+    Without `positions`, `penalize` and `seed` many logits are never in memory
+    at a time: where no kernel does that, `attend_chunked` does.
+
     Args:
         q_BTNH, k_BSKH, v_BSKH: tensors, K divides N.
         scale: float.
@@ -128,15 +160,25 @@ def attend(
     scale = scale * softmax.temperature
     length = ops.shape(k_BSKH)[1]
     which = (positions, segment_ids, sliding_window)
+    exact = softmax.logits_dtype == "float32" and penalize is None
+    exact = exact and seed is None
     # JAX's path has no float16 products with float32 sums on CPU, and GPUs
     # that want float16 (T4) have no fused kernel in it.
     fused = keras.backend.standardize_dtype(q_BTNH.dtype) != "float16"
-    fused = fused and softmax.logits_dtype == "float32" and penalize is None
-    if fused and softmax.clip is None and seed is None:
+    if exact and fused and softmax.clip is None:
         # Nothing but a cap changes logits or probabilities.
         y_BTNH = _fused(q_BTNH, k_BSKH, v_BSKH, scale, softmax.cap, *which)
         if y_BTNH is not None:
             return y_BTNH
+    clip = None
+    if softmax.clip is not None:
+        clip = (_gamma(softmax.clip, length), softmax.clip.zeta)
+    if exact and positions is None and _is_large(q_BTNH):
+        return _chunked(
+            *(q_BTNH, k_BSKH, v_BSKH, scale, softmax.cap, clip),
+            segment_ids,
+            sliding_window,
+        )
 
     B, T, N, H = ops.shape(q_BTNH)
     K = k_BSKH.shape[2]
@@ -159,12 +201,9 @@ def attend(
     penalty = None if penalize is None else penalize(z, mask)
     # Not -inf: its gradient through a fully masked row would be NaN.
     p = ops.softmax(ops.where(mask, z, MASKED), axis=-1)
-    if softmax.clip is not None:
-        clip = softmax.clip
-        gamma = clip.gamma
-        if gamma is None:
-            gamma = -clip.alpha / ops.cast(length, "float32")
-        p = ops.clip((clip.zeta - gamma) * p + gamma, 0.0, 1.0)
+    if clip is not None:
+        gamma, zeta = clip
+        p = ops.clip((zeta - gamma) * p + gamma, 0.0, 1.0)
     p = ops.cast(dropout(p, dropout_rate, seed), v_BSKH.dtype)
     y_BTKGH = ops.einsum("bkgts,bskh->btkgh", p, v_BSKH)
     y_BTNH = ops.reshape(y_BTKGH, (B, T, N, H))

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_stable import backend
 from keras_stable.entropy import MASKED
+from keras_stable.masks import visible_keys
 
 # Of an attention core, per head.
 HEAD_STATISTICS = ("max_logit", "max_logit_capped", "entropy")
@@ -68,7 +69,6 @@ def logit_statistics(z, visible, cap=None, capped=False):
         float32 tensor (3, N), in the order of `HEAD_STATISTICS`.
     """
     raw = max_logit(z, visible, cap, capped)
-    largest = raw if cap is None else cap * ops.tanh(raw / cap)
     z, visible = _visible(z, visible)
     if cap is not None and not capped:
         z = cap * ops.tanh(z / cap)
@@ -76,6 +76,12 @@ def logit_statistics(z, visible, cap=None, capped=False):
     # Where p is 0, log p is -1e30: the product is 0 and not NaN.
     entropy = -ops.sum(ops.exp(log_p) * log_p, axis=-1)
     keys = ops.sum(ops.cast(visible, "float32"), axis=-1)
+    return _summary(raw, entropy, keys, cap)
+
+
+def _summary(raw, entropy, keys, cap):
+    """`logit_statistics` from largest logits (N,), the others (B, N, T)."""
+    largest = raw if cap is None else cap * ops.tanh(raw / cap)
     several = ops.cast(keys > 1.5, "float32")
     share = several * entropy / ops.log(ops.maximum(keys, 2.0))
     queries = ops.maximum(ops.sum(several, axis=(0, 2)), 1.0)
@@ -163,3 +169,30 @@ def of_formula(full, z, visible, cap, capped):
         if visible.shape[-2] != 1:
             visible = visible[..., positions, :]
     return max_logit(z, visible, cap, capped), note
+
+
+def of_rows(
+    full, max_BNT, entropy_BNT, segment_ids=None, sliding_window=None, cap=None
+):
+    """Statistics of logits of which rows were measured: exact.
+
+    Args:
+        full: bool. Whether all statistics are wanted, or the largest logit.
+        max_BNT: float32 tensor. The largest visible logit, before any cap.
+        entropy_BNT: float32 tensor, in nats; see `entropy.row_entropy`.
+        segment_ids, sliding_window: as of `attend`, which tell how many keys
+            each query saw.
+        cap: float or None.
+
+    Returns:
+        `(value, note)`, as of `of_kernel`.
+    """
+    max_BNT, entropy_BNT = (
+        ops.stop_gradient(x) for x in (max_BNT, entropy_BNT)
+    )
+    raw = ops.max(max_BNT, axis=(0, 2))
+    if not full:
+        return raw, "exact"
+    keys = visible_keys(max_BNT.shape[-1], segment_ids, sliding_window)
+    keys = ops.broadcast_to(keys[:, None], ops.shape(entropy_BNT))
+    return _summary(raw, entropy_BNT, keys, cap), "exact"

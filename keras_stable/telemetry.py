@@ -184,6 +184,17 @@ class Recorder:
             value, note = logits.of_formula(self.full, z, visible, cap, capped)
             self.heads.append(Record(self.scope, value, note))
 
+    def rows(
+        self, maximum, entropy, segment_ids=None, sliding_window=None, cap=None
+    ):
+        """Records rows (B, N, T) of logits that a kernel has measured."""
+        if self.open:
+            value, note = logits.of_rows(
+                *(self.full, maximum, entropy),
+                *(segment_ids, sliding_window, cap),
+            )
+            self.heads.append(Record(self.scope, value, note))
+
     def dot_product(self, query, key, *, scale, mask, is_causal, cap):
         """Records logits that a fused kernel keeps to itself."""
         if self.open:

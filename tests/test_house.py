@@ -26,11 +26,11 @@ FLOORS = [
         *{"choices", "events", "backend", "randomness", "norms"},
         *{"weight_names", "json_files", "entropy", "byte_level"},
         *{"hlo", "intervals", "processes"},
-        *{"curves", "page", "screenshots"},
+        *{"curves", "page", "screenshots", "masks"},
     },
     {
         *{"variant", "presets", "losses", "embeddings", "positions"},
-        *{"tensor_files", "costs", "stability"},
+        *{"tensor_files", "costs", "stability", "chunked_attention"},
     },
     {
         *{"variants", "schedules", "hub", "distribution", "config_keys"},

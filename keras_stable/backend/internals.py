@@ -13,6 +13,7 @@ from keras.src import ops as source_ops
 FUNCTIONS = [
     "Stack",
     "add_product",
+    "add_slice",
     "apart",
     "attention",
     "carry",
@@ -28,6 +29,7 @@ FUNCTIONS = [
     "flash_attention",
     "fused",
     "fuses_adamw",
+    "fuses_attention",
     "gather",
     "gelu",
     "global_mean",
@@ -41,6 +43,7 @@ FUNCTIONS = [
     "must_merge",
     "number",
     "observe_updates",
+    "operation",
     "peak_memory",
     "queueing",
     "processes",

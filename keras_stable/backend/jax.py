@@ -11,6 +11,8 @@ from jax.experimental import mesh_utils
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
+from keras_stable.backend.jax_gradients import operation as operation
+from keras_stable.backend.jax_gradients import with_gradient as with_gradient
 from keras_stable.backend.jax_many import Stack as Stack
 from keras_stable.backend.jax_many import losses_of_many as losses_of_many
 from keras_stable.backend.jax_mesh import number as number
@@ -21,6 +23,8 @@ from keras_stable.backend.jax_planning import shapes_of as shapes_of
 from keras_stable.backend.jax_planning import without_weights as without_weights
 from keras_stable.backend.splash import attention as attention
 from keras_stable.backend.splash import flash_attention as flash_attention
+from keras_stable.backend.splash import fuses_attention as fuses_attention
+from keras_stable.backend.whole_steps import add_slice as add_slice
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
@@ -249,33 +253,6 @@ def scan(step, carry, inputs):
         Tuple of the last carry and the stacked outputs.
     """
     return jax.lax.scan(step, carry, inputs)
-
-
-def with_gradient(function, x, w, *constants):
-    """The first output of `function`, with the gradient that it computes.
-
-    Args:
-        function: of the tensors and of `gradient`, a bool. It returns a float32
-            vector; with `gradient` a tuple of it and of the gradients of its
-            first entry by `x` and `w`.
-        x, w: tensors.
-        *constants: tensors without gradients.
-    """
-
-    @jax.custom_vjp
-    def value(*tensors):
-        return function(*tensors, gradient=False)
-
-    def forward(*tensors):
-        return function(*tensors, gradient=True)
-
-    def backward(gradients, upstream):
-        scaled = [g * upstream[0] for g in gradients]
-        scaled = [g.astype(t.dtype) for g, t in zip(scaled, (x, w))]
-        return (*scaled, *(None for _ in constants))
-
-    value.defvjp(forward, backward)
-    return value(x, w, *constants)
 
 
 def observe_updates(optimizer, before, after):

@@ -132,3 +132,13 @@ def flash_attention():
     logit by `scale`, and gives all sequences the mask of the first.
     """
     return False if platform() == "tpu" else None
+
+
+def fuses_attention(query, masked):
+    """Whether Keras's attention has no tensor of all logits: cuDNN's has not.
+
+    Args:
+        query: array.
+        masked: bool. Whether it is given a mask.
+    """
+    return platform() == "gpu" and query.dtype in ("bfloat16", "float16")

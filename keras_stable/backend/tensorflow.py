@@ -17,6 +17,7 @@ from keras_stable.backend.jax_only import losses_of_many as losses_of_many
 from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
+from keras_stable.backend.whole_steps import add_slice as add_slice
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
@@ -173,6 +174,16 @@ def matmul_float32(a, b):
     return tf.matmul(tf.cast(a, "float32"), tf.cast(b, "float32"))
 
 
+def fuses_attention(query, masked):
+    """Whether Keras's attention has no tensor of all logits.
+
+    Args:
+        query: tensor.
+        masked: bool. Whether it is given a mask.
+    """
+    return False
+
+
 def gelu(x):
     """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
     # In 16 bits it would add up rounding errors.
@@ -225,6 +236,35 @@ def with_gradient(function, x, w, *constants):
         return result, backward
 
     return value(x, w)
+
+
+def operation(name, forward, backward):
+    """One operation, whose gradient is computed anew from its inputs.
+
+    Args:
+        name: string, unique.
+        forward: `forward(tensors, *settings)` returns a list of tensors, of
+            which only the first has a gradient.
+        backward: `backward(tensors, upstream, *settings)` returns the
+            gradients of the first tensors, for all that have one.
+
+    Returns:
+        Function of `tensors`, a list, and `settings`, a tuple of numbers,
+        bools, None and tuples of them. It returns what `forward` does.
+    """
+
+    def run(tensors, settings):
+        @tf.custom_gradient
+        def call(*tensors):
+            def pull(*upstream):
+                found = backward(tensors, upstream[0], *settings)
+                return [*found, *[None] * (len(tensors) - len(found))]
+
+            return forward(tensors, *settings), pull
+
+        return call(*tensors)
+
+    return run
 
 
 def observe_updates(optimizer, before, after):

@@ -16,6 +16,8 @@ from keras_stable.backend.jax_only import losses_of_many as losses_of_many
 from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
+from keras_stable.backend.torch_gradients import operation as operation
+from keras_stable.backend.torch_gradients import with_gradient as with_gradient
 from keras_stable.backend.torch_processes import distribute as distribute
 from keras_stable.backend.torch_processes import global_mean as global_mean
 from keras_stable.backend.torch_processes import is_writer as is_writer
@@ -110,6 +112,16 @@ def add_product(total, a, b):
     return total.add_(matmul_float32(a, b))
 
 
+def add_slice(total, start, part):
+    """`total`, to which `part` is added at `start`, an index of each axis.
+
+    `total` may be overwritten.
+    """
+    place = tuple(slice(a, a + n) for a, n in zip(start, part.shape))
+    total[place] += part
+    return total
+
+
 def matmul_float32(a, b):
     """`a @ b` of matrices, summed and returned in float32.
 
@@ -188,6 +200,17 @@ def update_adamw(optimizer, gradients, variables, learning_rate, decay):
             )
 
 
+def fuses_attention(query, masked):
+    """Whether Keras's attention has no tensor of all logits.
+
+    Args:
+        query: tensor.
+        masked: bool. Whether it is given a mask.
+    """
+    # A mask of all pairs, as floats, on a CPU.
+    return get_device() != "cpu" or not masked
+
+
 def gelu(x):
     """`x * Phi(x)`, Phi the normal distribution function: the exact GELU."""
     return torch.nn.functional.gelu(x)
@@ -215,42 +238,6 @@ def scan(step, carry, inputs):
         carry, output = step(carry, parts)
         outputs.append(output)
     return carry, torch.stack(outputs)
-
-
-class _WithGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, function, x, w, *constants):
-        value, ctx.gradients = function(x, w, *constants, gradient=True)
-        ctx.dtypes = x.dtype, w.dtype
-        return value
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, upstream):
-        if ctx.gradients is None:
-            raise RuntimeError(
-                "The gradient of this loss was taken before: it is computed "
-                "once, beside the loss. Compute the loss again."
-            )
-        # In place: that of the head may be of 1 GB.
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = [g.mul_(upstream[0]) for g in gradients]
-        scaled = [g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes)]
-        others = len(ctx.needs_input_grad) - 3
-        return (None, *scaled, *(None for _ in range(others)))
-
-
-def with_gradient(function, x, w, *constants):
-    """The first output of `function`, with the gradient that it computes.
-
-    Args:
-        function: of the tensors and of `gradient`, a bool. It returns a float32
-            vector; with `gradient` a tuple of it and of the gradients of its
-            first entry by `x` and `w`.
-        x, w: tensors.
-        *constants: tensors without gradients.
-    """
-    return _WithGradient.apply(function, x, w, *constants)
 
 
 def observe_updates(optimizer, before, after):

@@ -2,10 +2,21 @@
 
 import contextlib
 
+from keras import ops
+
 
 def fused(function):
     """`function`, which the compiler of the step fuses by itself."""
     return function
+
+
+def add_slice(total, start, part):
+    """`total`, to which `part` is added at `start`, an index of each axis.
+
+    `total` may be overwritten.
+    """
+    before = ops.slice(total, start, ops.shape(part))
+    return ops.slice_update(total, start, before + part)
 
 
 def region(owner, function, key, training):
