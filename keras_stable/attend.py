@@ -4,6 +4,9 @@ B batch, T query time, S key time, N query heads, K key and value heads,
 G = N / K queries a key, H head dimension.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import keras
 from keras import ops
 
@@ -33,62 +36,75 @@ def soft_cap(x, cap):
     return cap * ops.tanh(x / cap)
 
 
-def _is_large(q_BTNH):
+def _is_large(query):
     """Whether chunks are faster than all logits at once, or the only way.
 
     Not where the length is not known while a program is traced.
     """
-    B, T, N, _ = q_BTNH.shape
+    B, T, N, _ = query.shape
     if not isinstance(T, int) or T < LENGTH:
         return False
     rows = B if isinstance(B, int) else ROWS
     return rows * N * T * T > LOGITS
 
 
-def _fused(
-    q_BTNH, k_BSKH, v_BSKH, scale, cap, positions, segment_ids, sliding_window
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """How attention is computed; the formula is the same.
+
+    Attributes:
+        name: `"kernel"`, one of ours; `"keras"`, by
+            `ops.dot_product_attention` and what it chooses; `"chunked"`, see
+            `attend_chunked`; `"formula"`, with all logits in memory.
+        why: str.
+        kernel: function, of `"kernel"`.
+    """
+
+    name: str
+    why: str
+    kernel: Callable | None = dataclasses.field(default=None, repr=False)
+
+
+def choose(
+    query,
+    softmax,
+    cached=False,
+    masked=False,
+    penalized=False,
+    dropout=False,
 ):
-    """`attend` by a kernel, or None where none can do it."""
-    which = (positions, segment_ids, sliding_window)
+    """The `Path` of `attend`.
 
-    def where():
-        if all(part is None for part in which):
-            return {"mask": None, "is_causal": True}
-        mask = visible(ops.shape(k_BSKH)[1], *which)
-        return {"mask": mask[:, None], "is_causal": False}
-
-    if positions is None:
-        y_BTNH = backend.attention(
-            *(q_BTNH, k_BSKH, v_BSKH),
-            scale,
-            cap=cap,
-            segment_ids=segment_ids,
-            sliding_window=sliding_window,
-        )
-        if y_BTNH is not None:
-            if (recorder := telemetry.recorder()) is not None:
-                # As it is where the kernel is Keras's.
-                recorder.dot_product(
-                    q_BTNH, k_BSKH, scale=scale, cap=cap, **where()
-                )
-            return y_BTNH
-    if cap is not None:
-        return None
-    masked = any(part is not None for part in which)
-    if positions is None and _is_large(q_BTNH):
-        if not backend.fuses_attention(q_BTNH, masked):
-            return None
-    if k_BSKH.shape[2] == 1:
-        # Keras on TensorFlow repeats two heads and more, but not one.
-        k_BSKH, v_BSKH = (
-            ops.repeat(x, q_BTNH.shape[2], axis=2) for x in (k_BSKH, v_BSKH)
-        )
-    return ops.dot_product_attention(
-        *(q_BTNH, k_BSKH, v_BSKH),
-        scale=scale,
-        flash_attention=backend.flash_attention(),
-        **where(),
-    )
+    Args:
+        query: anything with the shape (B, T, N, H) and dtype of queries.
+        softmax: `Softmax`.
+        cached: whether keys are of other positions than queries.
+        masked: whether a mask has more than the past.
+        penalized: whether all logits are wanted.
+        dropout: whether probabilities are dropped.
+    """
+    for needed, why in (
+        (penalized, "the penalty on entropy needs all logits"),
+        (dropout, "dropout is of probabilities"),
+        (softmax.logits_dtype != "float32", "logits are rounded to 16 bits"),
+    ):
+        if needed:
+            return Path("formula", why)
+    cap, clip = softmax.cap, softmax.clip
+    if not cached:
+        found = backend.attention_kernel(query, cap, clip)
+        if found is not None:
+            return Path("kernel", f"{found[0]}, which has all of it", found[1])
+    large = not cached and _is_large(query)
+    # JAX's path has no float16 products with float32 sums on CPU, and GPUs
+    # that want float16 (T4) have no fused kernel in it.
+    float16 = keras.backend.standardize_dtype(query.dtype) == "float16"
+    if cap is None and clip is None and not float16:
+        if not large or backend.fuses_attention(query, masked):
+            return Path("keras", "nothing bounds the logits")
+    if large:
+        return Path("chunked", "no kernel, and many logits")
+    return Path("formula", "no kernel, and few logits")
 
 
 def _gamma(clip, length):
@@ -99,19 +115,18 @@ def _gamma(clip, length):
     return -clip.alpha / ops.cast(length, "float32")
 
 
-def _chunked(
-    q_BTNH, k_BTKH, v_BTKH, scale, cap, clip, segment_ids, sliding_window
-):
-    """`attend_chunked`, measured where something records."""
-    recorder = telemetry.recorder()
-    y_BTNH, rows = attend_chunked(
-        *(q_BTNH, k_BTKH, v_BTKH, scale, cap, clip),
-        *(segment_ids, sliding_window),
-        statistics=recorder is not None,
+def _by_keras(q_BTNH, k_BSKH, v_BSKH, scale, where):
+    if k_BSKH.shape[2] == 1:
+        # Keras on TensorFlow repeats two heads and more, but not one.
+        k_BSKH, v_BSKH = (
+            ops.repeat(x, q_BTNH.shape[2], axis=2) for x in (k_BSKH, v_BSKH)
+        )
+    return ops.dot_product_attention(
+        *(q_BTNH, k_BSKH, v_BSKH),
+        scale=scale,
+        flash_attention=backend.flash_attention(),
+        **where,
     )
-    if rows is not None:
-        recorder.rows(*rows, segment_ids, sliding_window, cap)
-    return y_BTNH
 
 
 def attend(
@@ -157,28 +172,46 @@ def attend(
         Tensor of the shape and dtype of `q_BTNH`. With `penalize` a tuple of
         it and of what `penalize` returned.
     """
-    scale = scale * softmax.temperature
+    scale, cap = scale * softmax.temperature, softmax.cap
     length = ops.shape(k_BSKH)[1]
     which = (positions, segment_ids, sliding_window)
-    exact = softmax.logits_dtype == "float32" and penalize is None
-    exact = exact and seed is None
-    # JAX's path has no float16 products with float32 sums on CPU, and GPUs
-    # that want float16 (T4) have no fused kernel in it.
-    fused = keras.backend.standardize_dtype(q_BTNH.dtype) != "float16"
-    if exact and fused and softmax.clip is None:
-        # Nothing but a cap changes logits or probabilities.
-        y_BTNH = _fused(q_BTNH, k_BSKH, v_BSKH, scale, softmax.cap, *which)
-        if y_BTNH is not None:
-            return y_BTNH
+    path = choose(
+        q_BTNH,
+        softmax,
+        cached=positions is not None,
+        masked=any(part is not None for part in which),
+        penalized=penalize is not None,
+        dropout=seed is not None,
+    )
+
+    def where():
+        if all(part is None for part in which):
+            return {"mask": None, "is_causal": True}
+        return {"mask": visible(length, *which)[:, None], "is_causal": False}
+
+    if path.name == "keras":
+        return _by_keras(q_BTNH, k_BSKH, v_BSKH, scale, where())
     clip = None
     if softmax.clip is not None:
         clip = (_gamma(softmax.clip, length), softmax.clip.zeta)
-    if exact and positions is None and _is_large(q_BTNH):
-        return _chunked(
-            *(q_BTNH, k_BSKH, v_BSKH, scale, softmax.cap, clip),
-            segment_ids,
-            sliding_window,
+    recorder = telemetry.recorder()
+    if path.name in ("kernel", "chunked"):
+        y_BTNH, rows = (path.kernel or attend_chunked)(
+            *(q_BTNH, k_BSKH, v_BSKH, scale),
+            cap=cap,
+            clip=clip,
+            segment_ids=segment_ids,
+            sliding_window=sliding_window,
+            statistics=recorder is not None,
         )
+        if rows is not None:
+            recorder.rows(*rows, segment_ids, sliding_window, cap)
+        elif recorder is not None:
+            # As it is where the kernel is Keras's.
+            recorder.dot_product(
+                q_BTNH, k_BSKH, scale=scale, cap=cap, **where()
+            )
+        return y_BTNH
 
     B, T, N, H = ops.shape(q_BTNH)
     K = k_BSKH.shape[2]
@@ -192,12 +225,12 @@ def attend(
         return scale * ops.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH)
 
     raw_BKGTS = product(q_BTKGH, k_BSKH)
-    if (recorder := telemetry.recorder()) is not None:
+    if recorder is not None:
         seen = backend.apart(raw_BKGTS, product, q_BTKGH, k_BSKH)
-        recorder.logits(seen, mask, softmax.cap)
+        recorder.logits(seen, mask, cap)
     z = ops.cast(ops.cast(raw_BKGTS, softmax.logits_dtype), "float32")
-    if softmax.cap is not None:
-        z = soft_cap(z, softmax.cap)
+    if cap is not None:
+        z = soft_cap(z, cap)
     penalty = None if penalize is None else penalize(z, mask)
     # Not -inf: its gradient through a fully masked row would be NaN.
     p = ops.softmax(ops.where(mask, z, MASKED), axis=-1)

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_stable import variants
 from keras_stable.attend import attend
+from keras_stable.attend import choose
 from keras_stable.entropy import THETA_INIT
 from keras_stable.entropy import entropy_penalty
 from keras_stable.linear import advance
@@ -17,6 +18,48 @@ from keras_stable.linear import make_linear
 from keras_stable.norms import make_norm
 from keras_stable.positions import rotate
 from keras_stable.randomness import check_rate
+
+
+def explain(
+    variant,
+    batch_size,
+    length,
+    num_heads,
+    head_dim,
+    dtype=None,
+    packed=False,
+    dropout=False,
+):
+    """Which path the attention of a variant takes here, in training.
+
+    Paths never change a formula; they differ in speed and memory. It depends
+    on the backend, on its device and on shapes.
+
+    Args:
+        variant: name, `Variant` or its dictionary. Where its layers differ,
+            its first one.
+        batch_size, length, num_heads, head_dim: ints. B, T, N and H.
+        dtype: that layers compute in. Defaults to the global policy's.
+        packed: whether there are `segment_ids`.
+        dropout: whether there is dropout.
+
+    Returns:
+        `Path`, with `name` and `why`.
+
+    >>> explain("soft_cap", 2, 64, 4, 32, dtype="float32").name
+    'formula'
+    """
+    variant = variants.get(variant).at(num_layers=1, layer=0)
+    dtype = dtype or keras.config.dtype_policy().compute_dtype
+    shape = (batch_size, length, num_heads, head_dim)
+    window = variant.architecture.sliding_window
+    return choose(
+        keras.KerasTensor(shape, dtype),
+        variant.softmax,
+        masked=packed or window is not None,
+        penalized=variant.softmax.entropy is not None,
+        dropout=dropout,
+    )
 
 
 @keras.saving.register_keras_serializable("keras_stable")

@@ -14,8 +14,8 @@ import keras_stable as ks
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 sys.path.append(str(RECIPES))
-import detection
-import detection_sweeps
+import detection  # noqa: E402
+import detection_sweeps  # noqa: E402
 
 STEPS = 400
 

@@ -19,6 +19,7 @@ import jax  # noqa: E402
 from jax import numpy as jnp  # noqa: E402
 
 from keras_stable.backend import jax as backend  # noqa: E402
+from keras_stable.backend import jax_kernels  # noqa: E402
 from keras_stable.backend import splash  # noqa: E402
 
 RNG = np.random.default_rng(0)
@@ -124,8 +125,8 @@ def on_tpu(monkeypatch):
         calls.append(kwargs)
         return original(*args, interpret=True, **kwargs)
 
-    monkeypatch.setattr(splash, "platform", lambda: "tpu")
-    monkeypatch.setattr(splash, "splash", attention)
+    monkeypatch.setattr(jax_kernels, "platform", lambda: "tpu")
+    monkeypatch.setattr(jax_kernels, "splash", attention)
     return calls
 
 
@@ -140,7 +141,7 @@ def test_variants_on_a_tpu_have_the_same_outputs(name, on_tpu, monkeypatch):
     assert len(on_tpu) == (2 if fused or variant.softmax.entropy else 0)
     if fused:
         assert {call["cap"] for call in on_tpu} == {variant.softmax.cap}
-    monkeypatch.setattr(splash, "platform", lambda: "cpu")
+    monkeypatch.setattr(jax_kernels, "platform", lambda: "cpu")
     np.testing.assert_allclose(found, lm(x), atol=1e-5, rtol=1e-5)
 
 
@@ -209,7 +210,8 @@ def test_kernel_compiles_for_tpus():
     ]
 
     def total(q, k, v):
-        y = backend.attention(q, k, v, 0.125, cap=50.0)
+        _, kernel = backend.attention_kernel(q, 50.0, None)
+        y, _ = kernel(q, k, v, 0.125, cap=50.0)
         return y.astype("float32").sum()
 
     way = jax.jit(jax.grad(total, (0, 1, 2)))

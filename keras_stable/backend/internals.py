@@ -15,7 +15,7 @@ FUNCTIONS = [
     "add_product",
     "add_slice",
     "apart",
-    "attention",
+    "attention_kernel",
     "carry",
     "check_observable",
     "compile_step",

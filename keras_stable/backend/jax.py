@@ -13,6 +13,11 @@ from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_gradients import operation as operation
 from keras_stable.backend.jax_gradients import with_gradient as with_gradient
+from keras_stable.backend.jax_kernels import (
+    attention_kernel as attention_kernel,
+)
+from keras_stable.backend.jax_kernels import flash_attention as flash_attention
+from keras_stable.backend.jax_kernels import fuses_attention as fuses_attention
 from keras_stable.backend.jax_many import Stack as Stack
 from keras_stable.backend.jax_many import losses_of_many as losses_of_many
 from keras_stable.backend.jax_mesh import number as number
@@ -21,9 +26,6 @@ from keras_stable.backend.jax_planning import compile_step as compile_step
 from keras_stable.backend.jax_planning import devices_of as devices_of
 from keras_stable.backend.jax_planning import shapes_of as shapes_of
 from keras_stable.backend.jax_planning import without_weights as without_weights
-from keras_stable.backend.splash import attention as attention
-from keras_stable.backend.splash import flash_attention as flash_attention
-from keras_stable.backend.splash import fuses_attention as fuses_attention
 from keras_stable.backend.whole_steps import add_slice as add_slice
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused

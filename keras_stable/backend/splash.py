@@ -15,7 +15,6 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from keras_stable.backend.jax_mesh import on_each_device
-from keras_stable.backend.jax_mesh import platform
 
 # Lanes of a TPU's registers, of which lengths must be multiples; and the most
 # queries and keys of a block, as in MaxText.
@@ -112,33 +111,3 @@ def splash(
     )
     y_BNTH = local(*tensors, ids)
     return y_BNTH.swapaxes(1, 2)[:, :T]
-
-
-def attention(q_BTNH, k_BTKH, v_BTKH, scale, **how):
-    """`splash` on TPUs; None elsewhere.
-
-    None too where shapes are not known, as when Keras infers others.
-    """
-    known = all(isinstance(size, int) for size in q_BTNH.shape)
-    if known and platform() == "tpu":
-        return splash(q_BTNH, k_BTKH, v_BTKH, scale, **how)
-    return None
-
-
-def flash_attention():
-    """What `ops.dot_product_attention` is told: None, Keras chooses.
-
-    False on TPUs: the kernel that Keras 3.15 would take there multiplies no
-    logit by `scale`, and gives all sequences the mask of the first.
-    """
-    return False if platform() == "tpu" else None
-
-
-def fuses_attention(query, masked):
-    """Whether Keras's attention has no tensor of all logits: cuDNN's has not.
-
-    Args:
-        query: array.
-        masked: bool. Whether it is given a mask.
-    """
-    return platform() == "gpu" and query.dtype in ("bfloat16", "float16")

@@ -9,7 +9,7 @@ from keras_stable.backend.internals import check_data
 from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_only import Stack as Stack
-from keras_stable.backend.jax_only import attention as attention
+from keras_stable.backend.jax_only import attention_kernel as attention_kernel
 from keras_stable.backend.jax_only import compile_step as compile_step
 from keras_stable.backend.jax_only import devices_of as devices_of
 from keras_stable.backend.jax_only import flash_attention as flash_attention

@@ -2,13 +2,13 @@
 
 import os
 
+import keras
 import torch
 from keras.src.backend.torch.core import get_device
 
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_only import Stack as Stack
-from keras_stable.backend.jax_only import attention as attention
 from keras_stable.backend.jax_only import compile_step as compile_step
 from keras_stable.backend.jax_only import devices_of as devices_of
 from keras_stable.backend.jax_only import flash_attention as flash_attention
@@ -16,6 +16,8 @@ from keras_stable.backend.jax_only import losses_of_many as losses_of_many
 from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
+from keras_stable.backend.torch_attention import HEAD_SIZES
+from keras_stable.backend.torch_attention import attend_fused
 from keras_stable.backend.torch_gradients import operation as operation
 from keras_stable.backend.torch_gradients import with_gradient as with_gradient
 from keras_stable.backend.torch_processes import distribute as distribute
@@ -27,6 +29,7 @@ from keras_stable.backend.torch_processes import must_merge as must_merge
 from keras_stable.backend.torch_processes import processes as processes
 from keras_stable.backend.torch_processes import replicas as replicas
 from keras_stable.backend.torch_processes import undistribute as undistribute
+from keras_stable.backend.torch_programs import can_compile
 from keras_stable.backend.torch_programs import fused as fused
 from keras_stable.backend.torch_programs import queueing as queueing
 from keras_stable.backend.torch_programs import region as region
@@ -209,6 +212,29 @@ def fuses_attention(query, masked):
     """
     # A mask of all pairs, as floats, on a CPU.
     return get_device() != "cpu" or not masked
+
+
+def attention_kernel(query, cap, clip):
+    """Kernels that compute what `ops.dot_product_attention` cannot.
+
+    Args:
+        query: anything with the shape (B, T, N, H) and dtype of queries.
+        cap: float or None.
+        clip: tuple or None.
+
+    Returns:
+        Name, and a function with the arguments and results of
+        `torch_attention.attend_fused`; or None.
+    """
+    dtype = keras.backend.standardize_dtype(query.dtype)
+    bounded = cap is not None or clip is not None
+    if not bounded or dtype not in ("bfloat16", "float16"):
+        return None
+    if not str(get_device()).startswith("cuda") or not can_compile():
+        return None
+    if query.shape[-1] not in HEAD_SIZES:
+        return None
+    return "Triton", attend_fused
 
 
 def gelu(x):
