@@ -17,6 +17,7 @@ likewise. Writes a JSON file and prints a table.
 
 import argparse
 import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -35,151 +36,7 @@ SHORT = 333  # For the errors: no multiple of any block.
 LEFT_OUT = "not on this machine"
 
 
-def rows_of_jax(shapes):
-    import jax
-    from jax import numpy as jnp
-    from keras_stable.backend.jax_attention import attend_fused
-
-    scale = shapes["head_dim"] ** -0.5
-
-    def formula(q, k, v, cap=None, clip=None):
-        z = scale * jnp.einsum(
-            "btnh,bsnh->bnts", q, k, preferred_element_type="float32"
-        )
-        z = z if cap is None else cap * jnp.tanh(z / cap)
-        T = q.shape[1]
-        z = jnp.where(jnp.tril(jnp.ones((T, T), bool)), z, -1e30)
-        p = jax.nn.softmax(z, axis=-1)
-        if clip is not None:
-            p = jnp.clip((clip[1] - clip[0]) * p + clip[0], 0.0, 1.0)
-        return jnp.einsum("bnts,bsnh->btnh", p.astype(v.dtype), v)
-
-    def stock(q, k, v):
-        return jax.nn.dot_product_attention(
-            *(q, k, v), scale=scale, is_causal=True, implementation="cudnn"
-        )
-
-    def ours(q, k, v, **how):
-        y, rows = attend_fused(q, k, v, scale, **how)
-        # Kept as the monitor keeps them: reduced over sequences and queries.
-        return y, None if rows is None else [x.max((0, 2)) for x in rows]
-
-    def step(function):
-        def total(q, k, v, dy):
-            found = function(q, k, v)
-            y, rows = found if isinstance(found, tuple) else (found, None)
-            y = y.astype("float32") * dy.astype("float32")
-            return y.sum(), (found, rows)
-
-        run = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))
-
-        def call(tensors):
-            (_, (found, _)), gradients = run(*tensors)
-            return (found[0] if isinstance(found, tuple) else found), gradients
-
-        return call
-
-    def make(arrays, dtype):
-        return [jnp.asarray(x, dtype) for x in arrays]
-
-    functions = {
-        "cuDNN": (stock, {}),
-        "ours": (ours, {}),
-        "ours, statistics": (ours, {"statistics": True}),
-        "ours, cap": (ours, {"cap": CAP}),
-        "ours, cap, statistics": (ours, {"cap": CAP, "statistics": True}),
-        "ours, clip": (ours, {"clip": CLIP}),
-        "formula, cap": (formula, {"cap": CAP}),
-        "formula, clip": (formula, {"clip": CLIP}),
-    }
-    device = jax.devices()[0].device_kind
-    return functions, step, make, jax.block_until_ready, formula, device
-
-
-def rows_of_torch(shapes):
-    import torch
-    from keras_stable.backend.torch_attention import attend_fused
-    from torch.nn.attention.flex_attention import create_block_mask
-    from torch.nn.attention.flex_attention import flex_attention
-    from torch.nn.functional import scaled_dot_product_attention
-
-    scale = shapes["head_dim"] ** -0.5
-
-    def formula(q, k, v, cap=None, clip=None):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        z = scale * (q @ k.transpose(-1, -2)).float()
-        z = z if cap is None else cap * torch.tanh(z / cap)
-        T = q.shape[2]
-        seen = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
-        p = torch.softmax(z.masked_fill(~seen, -1e30), dim=-1)
-        if clip is not None:
-            p = ((clip[1] - clip[0]) * p + clip[0]).clamp(0.0, 1.0)
-        return (p.to(v.dtype) @ v).transpose(1, 2)
-
-    def stock(q, k, v):
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        y = scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
-        return y.transpose(1, 2)
-
-    masks = {}
-
-    def flex(q, k, v):
-        T = q.shape[1]
-        if T not in masks:
-            masks[T] = create_block_mask(
-                lambda b, h, t, s: t >= s, None, None, T, T, q.device
-            )
-
-        def capped(z, b, h, t, s):
-            return CAP * torch.tanh(z / CAP)
-
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        y = flex_attention(q, k, v, capped, masks[T], scale)
-        return y.transpose(1, 2)
-
-    def ours(q, k, v, **how):
-        y, rows = attend_fused(q, k, v, scale, **how)
-        if rows is not None:
-            for x in rows:
-                x.amax((0, 2))
-        return y
-
-    def step(function):
-        run = torch.compile(function, dynamic=False)
-
-        def call(tensors):
-            *leaves, dy = tensors
-            y = run(*leaves)
-            return y, torch.autograd.grad(y, leaves, dy)
-
-        return call
-
-    def make(arrays, dtype):
-        found = [
-            torch.as_tensor(x, dtype=getattr(torch, dtype), device="cuda")
-            for x in arrays
-        ]
-        return [*(x.requires_grad_() for x in found[:-1]), found[-1]]
-
-    functions = {
-        "SDPA": (stock, {}),
-        "flex_attention, cap": (flex, {}),
-        "ours": (ours, {}),
-        "ours, cap": (ours, {"cap": CAP}),
-        "ours, cap, statistics": (ours, {"cap": CAP, "statistics": True}),
-        "ours, clip": (ours, {"clip": CLIP}),
-        "formula, cap": (formula, {"cap": CAP}),
-        "formula, clip": (formula, {"clip": CLIP}),
-    }
-
-    def wait(_):
-        torch.cuda.synchronize()
-
-    device = torch.cuda.get_device_name()
-    return functions, step, make, wait, formula, device
-
-
-BACKENDS = {"jax": rows_of_jax, "torch": rows_of_torch}
+BACKENDS = ("jax", "torch")
 
 
 def arrays_of(shapes, batch, length):
@@ -232,10 +89,19 @@ def measure(name, function, how, made, shapes, calls):
 def child(backend, shapes, calls, out):
     os.environ["KERAS_BACKEND"] = backend
     sys.path.insert(0, str(Path(__file__).parents[1]))
+    import keras
+
     import keras_stable as ks
 
     shapes, found = json.loads(shapes), []
-    made = BACKENDS[backend](shapes)
+    of = shapes["batch"], shapes["length"], shapes["heads"], shapes["head_dim"]
+    kernel = ks.backend.attention_kernel(
+        keras.KerasTensor(of, "bfloat16"), CAP, None
+    )
+    if kernel is None:
+        sys.exit(f"{backend}: no kernel for {of}, or no GPU")
+    peer = importlib.import_module(f"peer_attention_{backend}")
+    made = peer.rows(shapes["head_dim"] ** -0.5, CAP, CLIP, kernel[1])
     for name, (function, how) in made[0].items():
         try:
             entry = measure(name, function, how, made, shapes, int(calls))
