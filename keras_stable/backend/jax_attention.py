@@ -72,7 +72,7 @@ def attend_fused(
     ```
 
     The gradient is that of this formula, and one run's bits are another's.
-    The tanh errs by at most 3e-7, logits so by 3e-7 times the cap. Products
+    The tanh errs by at most 1e-6, logits so by 1e-6 times the cap. Products
     of float32 inputs have the precision that
     `jax.config.jax_default_matmul_precision` names, as elsewhere in JAX.
 

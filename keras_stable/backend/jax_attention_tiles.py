@@ -128,6 +128,10 @@ class Formula:
         x = scores * (2 * LOG2E * self.scale / self.cap)
         if self.interpret:
             return 1 / (1 + jnp.exp2(jnp.minimum(x, 60.0)))
+        if x.ndim == 1:
+            # A thread may have one row alone, which has no other to pair with.
+            one = 1 + self.exp2(x)
+            return _instructions("rcp.approx.ftz.f32 $0, $1;", one)
         return _instructions(_HALVES, x, pack=2)
 
     def z(self, scores, shift):
