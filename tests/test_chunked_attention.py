@@ -132,7 +132,7 @@ def test_is_the_formula(case, packed):
     )
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(data=st.data())
 def test_shapes_masks_and_chunks(data):
     def draw(*values):
@@ -310,15 +310,16 @@ def test_what_needs_all_logits_gets_them(small):
     assert not small
 
 
-@pytest.mark.parametrize("remat", ["none", "block"])
-@pytest.mark.parametrize("name", ["qk_norm_cap", "soft_clip"])
+@pytest.mark.parametrize(
+    "name, remat", [("qk_norm_cap", "none"), ("soft_clip", "block")]
+)
 def test_training_is_that_of_the_formula(name, remat, small, monkeypatch):
     rng = np.random.default_rng(0)
-    ids = rng.integers(0, 31, (5, 21)).astype("int32")
+    ids = rng.integers(0, 31, (3, 13)).astype("int32")
 
     def losses():
         keras.utils.set_random_seed(0)
-        backbone = ks.StableBackbone(31, 2, 2, 16, variant=name, remat=remat)
+        backbone = ks.StableBackbone(31, 1, 2, 16, variant=name, remat=remat)
         lm = ks.StableCausalLM(backbone)
         lm.compile(keras.optimizers.SGD(0.5))
         # The last batch is smaller.
@@ -332,6 +333,33 @@ def test_training_is_that_of_the_formula(name, remat, small, monkeypatch):
     monkeypatch.setattr(attend_module, "LENGTH", 2**30)
     for a, b in zip(found, losses()):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="devices share on jax")
+def test_devices_share_sequences_and_heads():
+    """Each computes its own, and waits for no other."""
+    import jax
+
+    *qkv, dy = tensors(np.random.default_rng(0), 4, 20, 4, 2, 8)
+
+    def step(*qkv):
+        y, rows = attend_chunked(
+            *qkv, 0.3, 3.0, CLIP, None, 9, statistics=True, chunk=8
+        )
+        return ops.sum(y * dy), (y, *rows)
+
+    way = jax.jit(jax.value_and_grad(step, (0, 1, 2), has_aux=True))
+    expected = jax.tree.leaves(way(*qkv))
+    four = jax.devices()[:4]
+    ks.set_distribution("fsdp+tensor", 4, tensor_parallel=2, devices=four)
+    mesh = keras.distribution.distribution().device_mesh.backend_mesh
+    spec = jax.sharding.PartitionSpec("batch", None, "model", None)
+    placed = jax.device_put(qkv, jax.sharding.NamedSharding(mesh, spec))
+    program = way.lower(*placed).compile()
+    for a, b in zip(jax.tree.leaves(program(*placed)), expected):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    for name in ("all-gather", "all-to-all", "collective-permute"):
+        assert name not in program.as_text()
 
 
 def peak(T, function):
