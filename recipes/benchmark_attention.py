@@ -33,9 +33,6 @@ import numpy as np
 
 CAP, CLIP = 50.0, (-0.03, 1.03)
 SHORT = 333  # For the errors: no multiple of any block.
-LEFT_OUT = "not on this machine"
-
-
 BACKENDS = ("jax", "torch")
 
 
@@ -165,7 +162,7 @@ def main(arguments=None):
         if backend not in BACKENDS:
             parser.error(f"--backends has {list(BACKENDS)}, not {backend!r}")
         if importlib.util.find_spec(backend) is None:
-            print(f"{backend}: {LEFT_OUT}")
+            print(f"{backend} is not installed")
             continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder, "rows.json")
