@@ -357,7 +357,7 @@ def test_devices_share_sequences_and_heads():
     placed = jax.device_put(qkv, jax.sharding.NamedSharding(mesh, spec))
     program = way.lower(*placed).compile()
     for a, b in zip(jax.tree.leaves(program(*placed)), expected):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     for name in ("all-gather", "all-to-all", "collective-permute"):
         assert name not in program.as_text()
 
