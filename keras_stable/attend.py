@@ -103,14 +103,16 @@ def _chunked(
     q_BTNH, k_BTKH, v_BTKH, scale, cap, clip, segment_ids, sliding_window
 ):
     """`attend_chunked`, measured where something records."""
-    recorder = telemetry.recorder()
+    recorder, where = telemetry.recorder(), (segment_ids, sliding_window)
+    full = recorder is not None and recorder.full
     y_BTNH, rows = attend_chunked(
-        *(q_BTNH, k_BTKH, v_BTKH, scale, cap, clip),
-        *(segment_ids, sliding_window),
-        statistics=recorder is not None,
+        *(q_BTNH, k_BTKH, v_BTKH, scale, cap, clip, *where), statistics=full
     )
-    if rows is not None:
-        recorder.rows(*rows, segment_ids, sliding_window, cap)
+    if full:
+        recorder.rows(*rows, *where, cap)
+    elif recorder is not None:
+        # All rows would need another product of queries and keys.
+        recorder.queries(q_BTNH, k_BTKH, scale, *where)
     return y_BTNH
 
 
