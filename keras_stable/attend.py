@@ -196,21 +196,26 @@ def attend(
         clip = (_gamma(softmax.clip, length), softmax.clip.zeta)
     recorder = telemetry.recorder()
     if path.name in ("kernel", "chunked"):
+        full = recorder is not None and recorder.full
+        # In a light step chunks would need another product for them.
+        measured = full or (recorder is not None and path.name == "kernel")
         y_BTNH, rows = (path.kernel or attend_chunked)(
             *(q_BTNH, k_BSKH, v_BSKH, scale),
             cap=cap,
             clip=clip,
             segment_ids=segment_ids,
             sliding_window=sliding_window,
-            statistics=recorder is not None,
+            statistics=measured,
         )
         if rows is not None:
             recorder.rows(*rows, segment_ids, sliding_window, cap)
-        elif recorder is not None:
+        elif full:
             # As it is where the kernel is Keras's.
             recorder.dot_product(
                 q_BTNH, k_BSKH, scale=scale, cap=cap, **where()
             )
+        elif recorder is not None:
+            recorder.queries(q_BTNH, k_BSKH, scale, segment_ids, sliding_window)
         return y_BTNH
 
     B, T, N, H = ops.shape(q_BTNH)

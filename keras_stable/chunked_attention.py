@@ -114,14 +114,6 @@ def _chunk(tensors, start, loop, sliding_window):
     return q_BKGLH, k_BKSH, _cut(v_BKTH, 2, first, size), mask[:, None, None]
 
 
-def _capped(raw, cap):
-    """Logits with the cap, and their slope by those without, or None."""
-    if cap is None:
-        return raw, None
-    bounded = ops.tanh(raw / cap)
-    return cap * bounded, 1.0 - ops.square(bounded)
-
-
 def _softmax(z, mask):
     if z.shape[-1] == 1:
         # Of itself; Keras would warn.
@@ -134,30 +126,47 @@ def _stretched(p, clip):
     return (zeta - gamma) * p + gamma
 
 
-def _forward(tensors, scale, cap, clip, sliding_window, statistics, chunk):
-    """`[y_BKGTH]`; with `statistics` also `max_BKGT` and `entropy_BKGT`."""
+def _logits(q_BKGLH, k_BKSH, scale, cap):
+    """Logits, those with the cap, and the slope of the cap, or None."""
+    raw = _product(scale * q_BKGLH, _transpose(k_BKSH))
+    if cap is None:
+        return raw, raw, None
+    bounded = ops.tanh(raw / cap)
+    return raw, cap * bounded, 1.0 - ops.square(bounded)
+
+
+def _forward(tensors, scale, cap, clip, sliding_window, chunk):
+    """`[y_BKGTH]`."""
     q_BKGTH = tensors[0]
-    found = [ops.zeros_like(q_BKGTH)]
-    if statistics:
-        rows = ops.zeros_like(q_BKGTH[..., 0], dtype="float32")
-        found += [rows, ops.zeros_like(rows)]
+    y_BKGTH = ops.zeros_like(q_BKGTH)
+    for loop in _loops(q_BKGTH.shape[3], sliding_window, chunk):
 
-    def product(q, k):
-        return _product(scale * q, _transpose(k))
+        def step(start, y_BKGTH):
+            q, k, v, mask = _chunk(tensors, start, loop, sliding_window)
+            c = _softmax(_logits(q, k, scale, cap)[1], mask)
+            if clip is not None:
+                c = ops.clip(_stretched(c, clip), 0.0, 1.0)
+            return _add(y_BKGTH, 3, start, _product(c, v))
 
+        y_BKGTH = loop.run(step, y_BKGTH)
+    return [y_BKGTH]
+
+
+def _measure(tensors, scale, cap, sliding_window, chunk):
+    """`[max_BKGT, entropy_BKGT]`.
+
+    In loops of their own: beside `_forward` they would change how it is
+    compiled, and so the last bits of what it computes.
+    """
+    q_BKGTH = tensors[0]
+    found = [ops.zeros_like(q_BKGTH[..., 0], dtype="float32") for _ in range(2)]
     for loop in _loops(q_BKGTH.shape[3], sliding_window, chunk):
 
         def step(start, found):
-            q, k, v, mask = _chunk(tensors, start, loop, sliding_window)
-            raw = product(q, k)
-            c = _softmax(_capped(raw, cap)[0], mask)
-            if clip is not None:
-                c = ops.clip(_stretched(c, clip), 0.0, 1.0)
-            parts = [_product(c, v)]
-            if statistics:
-                raw = backend.apart(raw, product, q, k)
-                largest = ops.max(ops.where(mask, raw, MASKED), axis=-1)
-                parts += [largest, row_entropy(_capped(raw, cap)[0], mask)]
+            q, k, _, mask = _chunk(tensors, start, loop, sliding_window)
+            raw, z, _ = _logits(q, k, scale, cap)
+            largest = ops.max(ops.where(mask, raw, MASKED), axis=-1)
+            parts = (largest, row_entropy(z, mask))
             return [_add(x, 3, start, part) for x, part in zip(found, parts)]
 
         found = loop.run(step, found)
@@ -166,7 +175,7 @@ def _forward(tensors, scale, cap, clip, sliding_window, statistics, chunk):
 
 def _pull(q, k, v, mask, dy, scale, cap, clip):
     """Gradients by the queries, keys and values of a chunk."""
-    z, slope = _capped(_product(scale * q, _transpose(k)), cap)
+    _, z, slope = _logits(q, k, scale, cap)
     c = p = _softmax(z, mask)
     dp = ops.cast(_product(dy, _transpose(v)), "float32")
     if clip is not None:
@@ -181,7 +190,7 @@ def _pull(q, k, v, mask, dy, scale, cap, clip):
     return scale * _product(dz, k), dk, _product_of_queries(c, dy)
 
 
-def _backward(tensors, dy, scale, cap, clip, sliding_window, statistics, chunk):
+def _backward(tensors, dy, scale, cap, clip, sliding_window, chunk):
     """Gradients by queries, keys and values; logits are computed anew."""
     inputs = tensors[:3]
     found = [ops.zeros_like(x, dtype="float32") for x in inputs]
@@ -239,7 +248,7 @@ def attend_chunked(
         clip: `(gamma, zeta)`, floats, or None.
         segment_ids: int tensor (B, T) or None.
         sliding_window: int or None.
-        statistics: bool. Whether rows are measured.
+        statistics: bool. Whether rows are measured, from logits computed anew.
         chunk: int. Queries of a chunk.
 
     Returns:
@@ -263,10 +272,12 @@ def attend_chunked(
     tensors += [ops.transpose(x, (0, 2, 1, 3)) for x in (k_BTKH, v_BTKH)]
     if segment_ids is not None:
         tensors.append(ops.cast(segment_ids, "int32"))
-    settings = (scale, cap, clip, sliding_window, statistics, chunk)
-    y_BKGTH, *rows = _operation(tensors, settings)
+    where = (sliding_window, chunk)
+    (y_BKGTH,) = _operation(tensors, (scale, cap, clip, *where))
     y_BTKGH = ops.transpose(y_BKGTH, (0, 3, 1, 2, 4))
-    rows = tuple(
-        ops.stop_gradient(ops.reshape(x, (-1, N, T))) for x in rows
-    )
-    return ops.reshape(y_BTKGH, (-1, T, N, H)), rows or None
+    y_BTNH = ops.reshape(y_BTKGH, (-1, T, N, H))
+    if not statistics:
+        return y_BTNH, None
+    seen = [ops.stop_gradient(x) for x in tensors]
+    rows = _measure(seen, scale, cap, *where)
+    return y_BTNH, tuple(ops.reshape(x, (-1, N, T)) for x in rows)

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_stable import backend
 from keras_stable.entropy import MASKED
+from keras_stable.masks import visible_between
 from keras_stable.masks import visible_keys
 
 # Of an attention core, per head.
@@ -109,21 +110,27 @@ def sample(full, batch, length):
     return slice(0, rows), positions, note
 
 
-@backend.fused
-def _of_kernel(full, q_BTNH, k_BSKH, mask, scale, is_causal, cap):
+def _logits_of(q_BTNH, k_BSKH, rows, positions, scale):
+    """Logits (B, N, P, S) of sampled queries."""
     q, k = (ops.stop_gradient(x) for x in (q_BTNH, k_BSKH))
-    rows, positions, _ = sample(full, q.shape[0], ops.shape(q)[1])
-    at = ops.arange(ops.shape(q)[1], dtype="int32")[positions]
     q, k = q[rows, positions], k[rows]
     q, k = (ops.cast(x, "float32") for x in (q, k))
     if k.shape[2] != q.shape[2]:
         k = ops.repeat(k, q.shape[2] // k.shape[2], axis=2)
-    z = scale * ops.einsum("bpnh,bsnh->bnps", q, k)
+    return scale * ops.einsum("bpnh,bsnh->bnps", q, k)
+
+
+@backend.fused
+def _of_kernel(full, q_BTNH, k_BSKH, mask, scale, is_causal, cap):
+    length = ops.shape(q_BTNH)[1]
+    rows, positions, _ = sample(full, q_BTNH.shape[0], length)
+    at = ops.arange(length, dtype="int32")[positions]
+    z = _logits_of(q_BTNH, k_BSKH, rows, positions, scale)
     visible = None
     if mask is not None:
         visible = ops.cast(mask[rows][:, :, positions], "bool")
     if is_causal:
-        keys = ops.arange(ops.shape(k)[1], dtype="int32")
+        keys = ops.arange(ops.shape(k_BSKH)[1], dtype="int32")
         earlier = (keys[None] <= at[:, None])[None, None]
         visible = earlier if visible is None else earlier & visible
     return (logit_statistics if full else max_logit)(z, visible, cap)
@@ -196,3 +203,30 @@ def of_rows(
     keys = visible_keys(max_BNT.shape[-1], segment_ids, sliding_window)
     keys = ops.broadcast_to(keys[:, None], ops.shape(entropy_BNT))
     return _summary(raw, entropy_BNT, keys, cap), "exact"
+
+
+def of_queries(
+    q_BTNH, k_BTKH, scale, segment_ids=None, sliding_window=None
+):
+    """The largest logit of the queries that are looked at in every step.
+
+    As `of_kernel`, without a mask of all pairs.
+
+    Args:
+        q_BTNH, k_BTKH: tensors; K divides N. T is known.
+        scale: float.
+        segment_ids, sliding_window: as of `attend`.
+
+    Returns:
+        `(value, note)`: float32 tensor (N,); "exact" or the sample.
+    """
+    length = q_BTNH.shape[1]
+    rows, positions, note = sample(False, q_BTNH.shape[0], length)
+    q_BTNH, k_BTKH = (ops.convert_to_tensor(x) for x in (q_BTNH, k_BTKH))
+    s, ids = ops.arange(length, dtype="int32"), ()
+    if segment_ids is not None:
+        some = ops.convert_to_tensor(segment_ids)[rows]
+        ids = some[:, positions], some
+    mask = visible_between(s[positions], s, sliding_window, *ids)
+    z = _logits_of(q_BTNH, k_BTKH, rows, positions, scale)
+    return max_logit(z, mask[:, None]), note

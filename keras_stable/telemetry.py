@@ -195,6 +195,14 @@ class Recorder:
             )
             self.heads.append(Record(self.scope, value, note))
 
+    def queries(self, q, k, scale, segment_ids=None, sliding_window=None):
+        """Records the largest logit of a few queries, in a light step."""
+        if self.open:
+            value, note = logits.of_queries(
+                q, k, scale, segment_ids, sliding_window
+            )
+            self.heads.append(Record(self.scope, value, note))
+
     def dot_product(self, query, key, *, scale, mask, is_causal, cap):
         """Records logits that a fused kernel keeps to itself."""
         if self.open:

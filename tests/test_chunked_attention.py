@@ -284,7 +284,7 @@ def test_attend_takes_chunks_and_measures_them(
         measured = numpy(attend(q, k, v, **how))
     found = numpy(attend(q, k, v, **how))
     # On a CPU, also torch's own kernel would make a mask of all pairs.
-    assert [call["statistics"] for call in small] == [True, False]
+    assert [call["statistics"] for call in small] == [full, False]
     np.testing.assert_array_equal(measured, found)
     monkeypatch.setattr(attend_module, "LENGTH", 2**30)
     with recording(Recorder(full)) as formula:
@@ -357,7 +357,7 @@ def test_devices_share_sequences_and_heads():
     placed = jax.device_put(qkv, jax.sharding.NamedSharding(mesh, spec))
     program = way.lower(*placed).compile()
     for a, b in zip(jax.tree.leaves(program(*placed)), expected):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
     for name in ("all-gather", "all-to-all", "collective-permute"):
         assert name not in program.as_text()
 
