@@ -119,7 +119,8 @@ def test_any_shape_mask_and_block(data):
     sizes = st.sampled_from([16, 32, 64])
     shapes = {name: (draw(sizes), draw(sizes), 4, 1) for name in BLOCKS}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_attention, "blocks_of", lambda name, x: shapes[name])
+        chosen = lambda name, x: shapes[name]  # noqa: E731
+        patch.setattr(torch_attention, "blocks_of", chosen)
         check_any(draw)
 
 
@@ -141,6 +142,14 @@ def check_any(draw):
         segment_ids=ids,
         sliding_window=draw(st.none() | st.integers(1, 80)),
     )
+
+
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (-0.03, 1.0), (-0.03, 0.9)])
+def test_clip_without_an_upper_bound(clip):
+    """Where a row has one key p is 1, but for its rounding."""
+    given = tensors(1, 60, 2, 1, 16)
+    ids = torch.randint(0, 12, (1, 60))
+    check(given, 2e-4, scale=0.9, clip=clip, segment_ids=ids)
 
 
 @pytest.mark.parametrize("H", torch_attention.HEAD_SIZES)

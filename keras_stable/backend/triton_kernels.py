@@ -95,7 +95,10 @@ def logits(qk, height, rate, less):
 def clipped(p, gamma, width):
     """Clipped probabilities, and which are within the bounds."""
     c = width * p + gamma
-    inner = (c > 0.0) & (c < 1.0)
+    # None is above if zeta <= 1: where p is 1, two kernels that round it to
+    # either side would not have the same gradient.
+    bound = tl.where(width + gamma > 1.00001, 1.0, float("inf"))
+    inner = (c > 0.0) & (c < bound)
     # Alone, both would turn NaN into a bound.
     c = tl.maximum(c, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(c, 1.0, propagate_nan=tl.PropagateNan.ALL), inner
