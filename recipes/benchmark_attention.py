@@ -65,9 +65,11 @@ def measure(name, function, how, made, shapes, calls):
     # The same numbers, which bfloat16 has rounded.
     rounded = [numbers(x) for x in make(short, "bfloat16")]
     true = step(functools.partial(formula, **exact))(make(rounded, "float32"))
-    found = run(make(short, "bfloat16"))
-    entry["error"] = deviation([found[0]], [true[0]])
-    entry["gradient_error"] = deviation(found[1], true[1])
+    if how or "cuDNN" not in name:
+        # It has no odd lengths.
+        found = run(make(short, "bfloat16"))
+        entry["error"] = deviation([found[0]], [true[0]])
+        entry["gradient_error"] = deviation(found[1], true[1])
     tensors = make(
         arrays_of(shapes, shapes["batch"], shapes["length"]), "bfloat16"
     )
@@ -123,7 +125,8 @@ def table(result):
             first = one.setdefault(row["backend"], row["milliseconds"])
             cells += [f"{row['milliseconds']:.2f}"]
             cells += [f"{row['milliseconds'] / first:.2f}"]
-            cells += [f"{row[k]:.4f}" for k in ("error", "gradient_error")]
+            errors = (row.get(k) for k in ("error", "gradient_error"))
+            cells += ["" if x is None else f"{x:.4f}" for x in errors]
         else:
             cells += ["failed: " + row["error_message"][:80], "", "", ""]
         lines.append(cells)

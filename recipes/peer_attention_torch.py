@@ -49,6 +49,8 @@ def rows(scale, cap, clip, attend):
         return y
 
     def step(function):
+        # Each has two lengths, and few are compiled in one process else.
+        torch.compiler.reset()
         run = torch.compile(function, dynamic=False)
 
         def call(tensors):

@@ -156,6 +156,14 @@ def test_kernels_are_the_formula_whatever_is_asked(
     compare(arrays, 0.25, cap, clip, ids, window, blocks=blocks)
 
 
+@pytest.mark.parametrize("clip", [(0.0, 1.0), (-0.03, 1.0), (-0.03, 0.9)])
+def test_a_clip_without_an_upper_bound(clip):
+    """Where a query has one key p is 1, but for its rounding."""
+    arrays, _ = tensors(1, 60, 2, 1, 16)
+    ids = np.random.default_rng(0).integers(0, 12, (1, 60))
+    compare(arrays, 0.9, None, clip, ids, None, rtol=1e-4)
+
+
 @pytest.mark.parametrize("cap", [None, 50.0, 1e3])
 def test_large_logits_are_exact(cap):
     """Of 1e4: a rounding of the logit is one of 1e-3 in the exponent."""

@@ -38,7 +38,8 @@ class Blocks:
 # one multiplies while another's exponentials are waited for.
 HOPPER = {
     64: {
-        "forward": Blocks(128, 64, warps=4, stages=3),
+        # Measured on an H200: 0.64 ms; 128 queries 0.68.
+        "forward": Blocks(64, 64, warps=4, stages=3),
         "dq": Blocks(64, 64),
         "dkv": Blocks(64, 64),
     },
@@ -158,7 +159,11 @@ class Formula:
             return dc
         gamma, zeta = self.clip
         a = (zeta - gamma) * p + gamma
-        inside = jnp.logical_and(a > 0.0, a < 1.0)
+        inside = a > 0.0
+        if zeta > 1.0:
+            # Otherwise none is above: where p is 1, two kernels that round it
+            # to either side would not have the same gradient.
+            inside = jnp.logical_and(inside, a < 1.0)
         return jnp.where(inside, (zeta - gamma) * dc, 0.0)
 
     def scores_gradient(self, p, dp, delta, half):
