@@ -8,7 +8,8 @@ losses fall all the time, and end far above what another run reaches.
         --new runs/qkv-factorial
 
 Reads directories of sweeps, unpacked from `archive.py`'s files too, replays
-every step and every table that is kept, and writes detection_sweeps.json. The
+every step and every table that is kept, and writes detection_sweeps.json. Runs
+that the monitor ended while they were recorded count as ended there. The
 sweeps after --new are counted by themselves: the rule for collapsed attention
 was chosen on the others.
 
@@ -96,6 +97,9 @@ def rows_of(path):
         run, shares = read[id(o)]
         became, onset = label(o, run, best, read[id(best)][0], own)
         halt, why, spikes = verdict(run, shares, warmup)
+        if halt is None and o.steps_done < o.steps:
+            # Ended when it was recorded, by more tables than are kept.
+            halt, why = o.steps_done, o.verdict
         fired = {"ours: halt": halt}
         fired |= {name: rule(run) for name, rule in RULES.items()}
         fired[MAXIMA] = first(run["max_logit"] > 1000)

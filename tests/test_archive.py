@@ -56,9 +56,10 @@ def test_a_sweep_travels_in_two_files(tmp_path, capsys):
         assert health == (sweep.path / run.folder / "health.jsonl").read_text()
     record = ks.records.read_json(f"{packed}.json")
     assert record["hardware"] == ["cpu x 1"]
-    assert same(record["arms"], rows) and len(record["runs"]) == 20
-    endings = {run["ending"] for run in record["runs"]}
-    assert endings == {"converged", "diverged", "failed"}
+    assert same(record["arms"], rows)
+    endings = [run["ending"] for run in record["runs"]]
+    assert set(endings) == {"converged", "diverged", "failed"}
+    assert len(endings) - endings.count("failed") == 16
     # Goes on: what has a result is not run again, what failed is.
     assert {run.label for run in found.wanted()} == {"broken"}
     # The same sweep gives the same bytes.

@@ -1,5 +1,8 @@
 """Which path attention takes, that it is told, and that none changes a sum."""
 
+import json
+from pathlib import Path
+
 import keras
 import numpy as np
 import pytest
@@ -136,3 +139,18 @@ def test_gpu_kernels_are_for_what_cudnn_has_not(monkeypatch):
     assert found() is None
     assert found(dtype="float32", cap=50.0) is None
     assert found(head_dim=80, cap=50.0) is None
+
+
+def test_the_recipe_that_times_them(capsys, monkeypatch):
+    recipes = Path(__file__).parents[1] / "recipes"
+    monkeypatch.syspath_prepend(str(recipes))
+    import benchmark_attention as recipe
+
+    result = json.loads((recipes / "results/attention-h200.json").read_text())
+    text = (recipes / "README.md").read_text()
+    assert recipe.table(result) in text, "The table is stale."
+    with pytest.raises(SystemExit):
+        recipe.main(["--backends", "tensorflow"])
+    assert "--backends has" in capsys.readouterr().err
+    x = [np.array([1.0, -4.0])], [np.array([1.0, -2.0])]
+    assert recipe.deviation(*x) == 1.0
