@@ -62,8 +62,8 @@ class StabilityMonitor(keras.callbacks.Callback):
         path: directory for the records, or None for none. An existing one is
             continued.
         policy: `"observe"` records; `"halt"` raises `TrainingHalted` at most
-            two steps after the verdict is `LEVEL_SHIFT`, `DIVERGED` or
-            `NONFINITE`. Defaults to `"observe"`.
+            two steps after the verdict is `COLLAPSED`, `LEVEL_SHIFT`,
+            `DIVERGED` or `NONFINITE`. Defaults to `"observe"`.
         every: steps between full tables. `"auto"` measures what one costs,
             keeps to `max_overhead`, and after a warning looks at 200 steps in
             a row, once in 1000 steps. An integer is kept to. None measures
