@@ -157,6 +157,7 @@ from keras_stable.sweeps import PlannedRun as PlannedRun
 from keras_stable.sweeps import Sweep as Sweep
 from keras_stable.sweep_tables import Display as Display
 from keras_stable.sweep_tables import format_sweep_table as format_sweep_table
+from keras_stable.sweep_tables import sweep_record as sweep_record
 from keras_stable.sweep_tables import sweep_table as sweep_table
 from keras_stable.sweep_tables import write_sweep_table as write_sweep_table
 from keras_stable.supervisor import SweepInterrupted as SweepInterrupted

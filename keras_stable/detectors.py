@@ -26,6 +26,8 @@ SERIES = {
 }
 # Normalised entropy below which attention is as good as on one key.
 SINGLE_KEY = 0.01
+# Share of the heads on single keys above which attention has collapsed.
+MOST = 0.5
 
 
 class NonFinite(Detector):
@@ -243,7 +245,7 @@ class Collapse(Detector):
         self.since, self.lasting = None, False
 
     def update(self, step, share):
-        if not share > 0.5 or step < self.warmup:
+        if not share > MOST or step < self.warmup:
             self.since, self.lasting = None, False
             return None
         new, before = self.since is None, self.lasting

@@ -18,7 +18,8 @@ from keras_stable.records import check_ours
 from keras_stable.records import from_json
 from keras_stable.records import to_json
 
-_TABLE = b'{"kind": "table"'
+# What lines of tables begin with.
+TABLE = b'{"kind": "table"'
 _COLUMNS = ("tensor", "variable", "head")  # Of which there are statistics.
 
 
@@ -157,7 +158,7 @@ def read_health(path, tables=True):
     file = Path(path) / "health.jsonl"
     lines = [*enumerate(file.read_bytes().splitlines(True), 1)]
     if tables is not True:
-        large = [i for i, line in lines if line.startswith(_TABLE)]
+        large = [i for i, line in lines if line.startswith(TABLE)]
         # Its last line may be cut off.
         large = set(large[:-2] if tables == "last" else large)
         lines = [(i, line) for i, line in lines if i not in large]

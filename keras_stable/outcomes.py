@@ -19,6 +19,7 @@ import numpy as np
 from keras_stable import criteria
 from keras_stable import json_files
 from keras_stable import variants
+from keras_stable.detectors import MOST
 from keras_stable.detectors import collapsed
 from keras_stable.health import read_health
 from keras_stable.records import directories_with
@@ -252,7 +253,7 @@ def _finished(directory, record, thresholds):
             ending = "diverged"
     steps, done = config.get("steps") or 0, record.get("steps_done") or 0
     halted = record["status"] == "diverged" and done < steps
-    if more.get("collapsed", 0) > 0.5 and ending in ("converged", "spiked"):
+    if more.get("collapsed", 0) > MOST and ending in ("converged", "spiked"):
         ending = "collapsed"
     if halted and ending in ("converged", "spiked"):
         ending = "diverged"

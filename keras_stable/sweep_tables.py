@@ -104,13 +104,8 @@ def _aligned(cells):
     )
 
 
-def write_sweep_table(sweep):
-    """Writes `table.json` and `table.csv`, of arms and rates, to a sweep.
-
-    Returns:
-        The rows of `sweep_table`.
-    """
-    rows = sweep_table(sweep)
+def sweep_record(sweep):
+    """What `table.json` holds: `"arms"`, see `sweep_table`, and `"runs"`."""
     outcomes = [o for label in sweep.arms for o in sweep.outcomes(label)]
     runs = [
         {
@@ -125,9 +120,18 @@ def write_sweep_table(sweep):
         }
         for o in sorted(outcomes, key=_key)
     ]
-    table = {"schema": 1, "arms": rows, "runs": runs}
+    return {"schema": 1, "arms": sweep_table(sweep), "runs": runs}
+
+
+def write_sweep_table(sweep):
+    """Writes `table.json` and `table.csv`, of arms and rates, to a sweep.
+
+    Returns:
+        The rows of `sweep_table`.
+    """
+    table = sweep_record(sweep)
     records.write_json(sweep.path / "table.json", table)
-    text = io.StringIO()
+    rows, text = table["arms"], io.StringIO()
     if rows:
         # What is different for each rate is in table.json.
         rows = [{k: v for k, v in row.items() if k != "counts"} for row in rows]

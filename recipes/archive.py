@@ -26,15 +26,14 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 KEPT = ("run.json", "output.txt")
-TABLE = b'{"kind": "table"'
 
 
-def thin(lines, tables):
+def thin(lines, tables, mark):
     """Lines of a `health.jsonl`, of which at most so many are tables."""
     steps = {
         i: json.loads(line)["step"]
         for i, line in enumerate(lines)
-        if line.startswith(TABLE)
+        if line.startswith(mark)
     }
     if len(steps) <= tables:
         return lines
@@ -52,7 +51,7 @@ def add(tar, name, content):
     tar.addfile(member, io.BytesIO(content))
 
 
-def pack(sweep, paths, file, tables):
+def pack(sweep, paths, file, tables, ks):
     with tarfile.open(file, "w:xz", preset=9) as tar:
         for path in (sweep.path / "sweep.json", *paths):
             name = Path(sweep.path.name, path.relative_to(sweep.path))
@@ -64,7 +63,7 @@ def pack(sweep, paths, file, tables):
                     add(tar, str(name / part), (path / part).read_bytes())
             if (health := path / "health.jsonl").exists():
                 lines = health.read_bytes().splitlines(keepends=True)
-                lines = b"".join(thin(lines, tables))
+                lines = b"".join(thin(lines, tables, ks.health.TABLE))
                 add(tar, str(name / health.name), lines)
 
 
@@ -76,8 +75,7 @@ def different(values):
 def summary(sweep, paths, ks):
     declared = ks.records.read_json(sweep.path / "sweep.json")
     found = [ks.records.read_json(path / "run.json") for path in paths]
-    ks.write_sweep_table(sweep)
-    table = ks.records.read_json(sweep.path / "table.json")
+    table = ks.sweep_record(sweep)
     named = ("experiment", "question", "search", "flags")
     return {
         "schema": 1,
@@ -113,7 +111,7 @@ def main(arguments=None):
         paths = [sweep.path / run.folder for run in runs]
         record = summary(sweep, paths, ks)
         ks.records.write_json(args.to + ".json", record)
-        pack(sweep, paths, args.to + ".tar.xz", args.tables)
+        pack(sweep, paths, args.to + ".tar.xz", args.tables, ks)
     except (ValueError, OSError) as error:
         sys.exit(f"archive: {error}")
     print(f"{len(paths)} runs: {args.to}.json, {args.to}.tar.xz")

@@ -68,9 +68,14 @@ MADE = ("backend", "device", "versions", "git_commit", "command", "seconds")
 MOST_SKIPS = 20  # The monitor's: so many skipped updates in a row count.
 
 
-def judge(run, warmup):
-    """What our monitor says of a run: first steps, verdict, spikes found."""
+def judge(run, warmup, shares=None):
+    """What our monitor says of a run: first steps, verdict, spikes found.
+
+    Args:
+        shares: dictionary of steps with tables: their share of collapsed heads.
+    """
     judge, skips, spikes = ks.Judge(warmup), 0, 0
+    shares, collapse = shares or {}, ks.Collapse(warmup=warmup)
     found = dict.fromkeys(("halt", "verdict", "warn"))
     names = [n for n in SERIES[:3] if len(run[n])]
     for i in range(len(run["loss"])):
@@ -85,6 +90,9 @@ def judge(run, warmup):
             found["warn"] = i + 1
         if judge.verdict.lost and found["halt"] is None:
             found.update(halt=i + 1, verdict=str(judge.verdict))
+        if i + 1 in shares:
+            collapse.update(i + 1, shares[i + 1])
+            judge.watch_collapse(i + 1, collapse)
     return {**found, "spikes": spikes}
 
 

@@ -31,7 +31,9 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np
+from detection import SERIES
 from detection import first
+from detection import judge
 from detection import middle
 from detection import score
 from detection import table
@@ -46,32 +48,13 @@ MAXIMA = "largest logit over 1000"
 def curves(outcome):
     """The series of a run, and the collapsed share at each of its tables."""
     health = ks.read_health(outcome.path)
-    names = ("loss", "gradient_norm", "update_norm", "max_logit", "skipped")
-    run = {n: health.series(n)[1].astype("float64") for n in names}
+    run = {n: health.series(n)[1].astype("float64") for n in SERIES}
     row = list(health.layout["head_statistics"]).index("entropy")
     shares = {
         step: ks.collapsed(np.concatenate([h[row] for h in found["heads"]]))
         for step, found in sorted(health.tables.items())
     }
     return run, shares
-
-
-def verdict(run, shares, warmup):
-    """As `Diagnosis` finds it, with the tables that were kept."""
-    judge, collapse = ks.Judge(warmup), ks.Collapse(warmup=warmup)
-    names, spikes = ("loss", "gradient_norm", "update_norm"), 0
-    for step in range(1, len(run["loss"]) + 1):
-        values = {name: float(run[name][step - 1]) for name in names}
-        events = judge.update(step, values)
-        spikes += sum(
-            (e.detector, e.series) == ("spike", "loss") for e in events
-        )
-        if judge.verdict.lost:
-            return step, str(judge.verdict), spikes
-        if step in shares:
-            collapse.update(step, shares[step])
-            judge.watch_collapse(step, collapse)
-    return None, None, spikes
 
 
 def label(outcome, run, best, best_run, own):
@@ -96,7 +79,8 @@ def rows_of(path):
         own = min(b.loss for b in found if b.label == o.label)
         run, shares = read[id(o)]
         became, onset = label(o, run, best, read[id(best)][0], own)
-        halt, why, spikes = verdict(run, shares, warmup)
+        ours = judge(run, warmup, shares)
+        halt, why = ours["halt"], ours["verdict"]
         if halt is None and o.steps_done < o.steps:
             # Ended when it was recorded, by more tables than are kept.
             halt, why = o.steps_done, o.verdict
@@ -110,7 +94,7 @@ def rows_of(path):
             "onset": onset,
             "steps": len(run["loss"]),
             "verdict": why,
-            "spikes": spikes,
+            "spikes": ours["spikes"],
             "fired": fired,
         }
 

@@ -72,12 +72,15 @@ def test_some_tables_are_kept_and_all_else():
     lines = [b'{"kind": "layout"}\n']
     for step in range(30):
         lines += [b'{"kind": "step", "step": %d}\n' % step]
-        lines += [archive.TABLE + b', "step": %d}\n' % step]
-    kept = [json.loads(line) for line in archive.thin(lines, 4)]
+        lines += [ks.health.TABLE + b', "step": %d}\n' % step]
+    kept = archive.thin(lines, 4, ks.health.TABLE)
+    kept = [json.loads(line) for line in kept]
     assert len(kept) == 1 + 30 + 4
     tables = [line["step"] for line in kept if line["kind"] == "table"]
     assert tables == [0, 10, 19, 29]
-    assert archive.thin(lines, 30) == archive.thin(lines, 99) == lines
+    assert all(
+        archive.thin(lines, n, ks.health.TABLE) == lines for n in (30, 99)
+    )
 
 
 def test_bad_input_is_one_clear_sentence(tmp_path, capsys):
