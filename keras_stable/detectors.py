@@ -24,6 +24,8 @@ SERIES = {
     "gradient_norm": (math.log(2.0), math.log(10.0)),
     "update_norm": (math.log(2.0), math.log(10.0)),
 }
+# Sum of a `LevelShift` above which its baseline waits.
+FROZEN = 10.0
 # Normalised entropy below which attention is as good as on one key.
 SINGLE_KEY = 0.01
 # Share of the heads on single keys above which attention has collapsed.
@@ -181,7 +183,7 @@ class LevelShift(Detector):
             onset = step if self.sum == 0 else self.onset
             self.sum = float(min(max(0.0, self.sum + min(z, 4) - 0.75), 60.0))
             self.onset = onset if self.sum > 0 else None
-        if self.sum <= 10:
+        if self.sum <= FROZEN:
             self.alarm = False
             self.window.append(float(value))
             if self.seen >= self.warmup and self.seen % 16 == 0:

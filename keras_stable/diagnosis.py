@@ -90,9 +90,17 @@ class Diagnosis:
     def verdict(self):
         return self.judge.verdict
 
+    @property
+    def calm(self):
+        """Whether a state as it is now is one to go back to."""
+        return self.judge.calm and self.collapse.since is None
+
     def update(self, step, sample):
         """Takes a `Sample` and returns the list of its `Event`s."""
         scalars = sample.scalars
+        if scalars.get("guarded"):
+            # What was measured is of an update that was not made.
+            return self.judge.update(step, {})
         skipped = bool(scalars.get("skipped"))
         self.skips = self.skips + 1 if skipped else 0
         values = {

@@ -6,6 +6,7 @@ import itertools
 import math
 import statistics
 
+from keras_stable.detectors import FROZEN
 from keras_stable.detectors import SERIES
 from keras_stable.detectors import LevelShift
 from keras_stable.detectors import NonFinite
@@ -123,7 +124,23 @@ class Judge(Detector):
         """`COLLAPSED` from the next step on, if a `Collapse` is lasting."""
         if collapse.lasting:
             why = "most attention heads look at a single key"
-            self._hold(Verdict.COLLAPSED, step, collapse.since, why)
+            self.lose(Verdict.COLLAPSED, step, collapse.since, why)
+
+    @property
+    def calm(self):
+        """Whether nothing about the loss is open, so that a state is good."""
+        return not (
+            self.open
+            or self.diverged
+            or self.verdict.lost
+            or self.spikes["loss"].active
+            or self.level_shift.sum > FROZEN
+            or any(d.onset is not None for d in self.nonfinite.values())
+        )
+
+    def lose(self, verdict, step, onset, why):
+        """A verdict from the next step on, for what was found elsewhere."""
+        self._hold(verdict, step, onset, why)
 
     def warn(self, event):
         """Raises `WARN` for 200 steps, for an event found elsewhere."""

@@ -22,10 +22,11 @@ def state_of(monitor):
         "worst": int(monitor.worst),
         "alert": [monitor._alert, monitor._calm],
         "budget": monitor._budget.state(),
-        "boxes": monitor._box.state(),
+        "boxes": monitor._chronicle.box.state(),
+        "rescue": monitor._rescuer and monitor._rescuer.state(monitor.step),
         "layout": layout and dataclasses.asdict(layout),
         "diagnosis": diagnosis and diagnosis.state(),
-        "bytes": monitor._writer and monitor._writer.position(),
+        "bytes": monitor._chronicle.position,
     }
 
 
@@ -34,6 +35,8 @@ def announce(monitor, state):
     monitor.step, monitor.last = state["step"], state["last"]
     monitor.worst = Verdict(state["worst"])
     monitor._diagnosis, monitor._kept = None, Verdict(state["verdict"])
+    if monitor._rescuer is not None and state.get("rescue") is not None:
+        monitor._rescuer.restore(state["rescue"])
 
 
 def recall(monitor, state):
@@ -51,5 +54,5 @@ def recall(monitor, state):
         monitor._resumed = 0
         monitor._diagnose(monitor._layout)
         monitor._diagnosis.restore(state["diagnosis"])
-    monitor._box.restore(state["boxes"])
+    monitor._chronicle.box.restore(state["boxes"])
     return step

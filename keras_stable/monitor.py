@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -13,8 +12,9 @@ from keras_stable import backend
 from keras_stable import memory
 from keras_stable.backend import internals
 from keras_stable.blackbox import BlackBox
-from keras_stable.blackbox import describe
 from keras_stable.budget import Budget
+from keras_stable.chronicle import FATAL
+from keras_stable.chronicle import Chronicle
 from keras_stable.choices import check_choice
 from keras_stable.choices import check_expression
 from keras_stable.choices import check_number
@@ -22,20 +22,16 @@ from keras_stable.diagnosis import Diagnosis
 from keras_stable.events import Event
 from keras_stable.events import TrainingHalted
 from keras_stable.events import Verdict
-from keras_stable.health import HealthWriter
-from keras_stable.records import SCHEMA
 from keras_stable.records import cut
 from keras_stable.reported import ReportedLosses
+from keras_stable.rescue import Rescue
+from keras_stable.rescuer import Rescuer
 from keras_stable.selftest import selftest
-from keras_stable.sinks import Selection
 from keras_stable.sinks import Summary
-from keras_stable.sinks import flatten
 from keras_stable.watch import watch as watch_model
 
-POLICIES = ("observe", "halt")
-FATAL = ("verdict", "nonfinite")  # Detectors whose events end a run.
+POLICIES = ("observe", "halt", "guard", "recover")
 AT_WORK = "_stability_monitor"  # Attribute of a model while it is in `fit`.
-TABLES = ("tensors", "heads", "variables")
 ALERT = 200  # Steps with full tables after a warning.
 SAVE_SECONDS = 30  # Between savings of the detectors' state.
 
@@ -63,7 +59,10 @@ class StabilityMonitor(keras.callbacks.Callback):
             continued.
         policy: `"observe"` records; `"halt"` raises `TrainingHalted` at most
             two steps after the verdict is `COLLAPSED`, `LEVEL_SHIFT`,
-            `DIVERGED` or `NONFINITE`. Defaults to `"observe"`.
+            `DIVERGED` or `NONFINITE`; `"guard"` also leaves single bad
+            updates out, and lowers the learning rate for a while if they are
+            many; `"recover"` also goes back to a good state instead of
+            halting, a few times: see `Rescue`. Defaults to `"observe"`.
         every: steps between full tables. `"auto"` measures what one costs,
             keeps to `max_overhead`, and after a warning looks at 200 steps in
             a row, once in 1000 steps. An integer is kept to. None measures
@@ -74,6 +73,13 @@ class StabilityMonitor(keras.callbacks.Callback):
         max_overhead: share of a step's time that tables may cost, on average.
         warmup_steps: int. Steps in which only non-finite numbers are judged,
             64 at least. Defaults to those of the learning rate's schedule.
+        rescue: `Rescue`, the numbers of the last two policies.
+        data: for `"recover"`, the batches that `fit` is given, if they can be
+            had by their number: see `Feed`. None: after a rewind `fit` goes
+            on with the batches that come next; none of those since is
+            trained on again, and the guard leaves out what is passed over.
+        autopsy: bool. Whether the cause is looked for, when a run is lost, by
+            training on the same batches again: see `Cause`. Needs `data`.
         sinks: `TensorBoard`, `WeightsAndBiases` or others with `write(step,
             scalars)` and `close()`.
         on_event: function of an `Event`, called as each is found.
@@ -85,6 +91,9 @@ class StabilityMonitor(keras.callbacks.Callback):
         step: int, the last that was looked at, from 1.
         last: dictionary, the numbers of that step.
         overhead: what it measured of its own cost, or None; see `Budget`.
+        position: number of the next batch in the data.
+        undone: steps of `fit` that rewinds took back: `fit` must be called
+            again, with the batches from `position` on, to make them good.
 
     Raises:
         ValueError: at construction, for a value out of range.
@@ -112,6 +121,9 @@ class StabilityMonitor(keras.callbacks.Callback):
         inputs=False,
         max_overhead=0.02,
         warmup_steps=None,
+        rescue=Rescue(),
+        data=None,
+        autopsy=False,
         sinks=(),
         on_event=None,
         verbose=1,
@@ -130,21 +142,23 @@ class StabilityMonitor(keras.callbacks.Callback):
         for name, text in (("watch", watch), ("exclude", exclude)):
             check_expression(text, name)
         self.path, self.policy, self.every = path, policy, every
-        self.sinks, self.on_event, self.verbose = sinks, on_event, verbose
+        self._chronicle, self.verbose = Chronicle(sinks, on_event), verbose
         self._what = {"include": watch, "exclude": exclude, "inputs": inputs}
+        self._rescuer = Rescuer.of(policy, rescue, data, autopsy, every)
+        if self._rescuer is not None:
+            self._what["guard"] = self._rescuer.guard
         self._warmup_steps = warmup_steps
         self._budget = Budget(every, max_overhead)
-        self._watch = self._writer = self._diagnosis = self._names = None
+        self._watch = self._diagnosis = self._names = None
         self._places = None  # Of steps in the data, while `fit` goes on.
-        self._box, self._last_box = BlackBox(), None
         self._saved = -math.inf
         # Full tables until one step; no more for a warning until another.
         self._alert = self._calm = 0
         self._lag = 0  # Of the optimizer's count: what loss scaling skipped.
         self._reported = ReportedLosses()
-        self._selection = Selection()
-        self.step, self.last, self.events = 0, {}, []
+        self.step, self.last = 0, {}
         self.worst = self._kept = Verdict.OK
+        self._lost = None  # Event for which it must go back.
         self._place, self._offsets, self._state = (0, -1), {}, None
 
     @property
@@ -152,8 +166,24 @@ class StabilityMonitor(keras.callbacks.Callback):
         return self._diagnosis.verdict if self._diagnosis else self._kept
 
     @property
+    def events(self):
+        return self._chronicle.events
+
+    @property
     def overhead(self):
         return self._budget.report
+
+    @property
+    def position(self):
+        return self.place_of(self.step + 1)
+
+    def place_of(self, step):
+        """Number of the batch of a step, the next one's at most."""
+        return self._rescuer.place_of(step) if self._rescuer else step - 1
+
+    @property
+    def undone(self):
+        return self._rescuer.undone if self._rescuer else 0
 
     # What `fit` calls.
 
@@ -170,7 +200,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._begun = None
         with self._ending_on_error():
             if self.path is not None and backend.is_writer():
-                self._writer = HealthWriter(self.path)
+                self._chronicle.open(self.path)
             if self.every is not None:
                 self._watch = self._begin_watch(model, **self._what)
                 model.make_train_function()
@@ -179,6 +209,8 @@ class StabilityMonitor(keras.callbacks.Callback):
         if self._begun is None:
             with self._ending_on_error():
                 self._resume()
+                if self._rescuer is not None:
+                    self._rescuer.begin(self._model, self._begun, self.path)
         # A resumed `fit` goes on within an epoch.
         self._offset = self._offsets.pop(epoch, 0)
         self._epoch = epoch
@@ -187,7 +219,7 @@ class StabilityMonitor(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         with self._ending_on_error():
-            host = self._take(keep=1)
+            host = self._take(keep=1) + self._prepare()
             if self._watch is not None:
                 steps = range(self._begun, self._begun + self._size)
                 full = any(map(self._budget.full, steps))
@@ -199,7 +231,39 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._begun += self._size
         report = self._budget.tick(host)
         if report is not None:
-            self._write("overhead", step=self.step, **report)
+            self._chronicle.write("overhead", step=self.step, **report)
+
+    def _prepare(self):
+        """Before a step is launched: what saves a run; returns seconds."""
+        rescuer, step = self._rescuer, self._begun
+        if rescuer is None:
+            return 0.0
+        begin = time.perf_counter()
+        due = rescuer.is_due(step)
+        if due or self._lost is not None:
+            self._take(keep=0)
+        if self._lost is not None:
+            self._rewind()
+        elif due:
+            rescuer.back_up(step, self._diagnosis)
+        rescuer.prepare(step + 1, self._size, self._diagnosis)
+        self._watch.feed = rescuer.next_batch if rescuer.feeds else None
+        return time.perf_counter() - begin
+
+    def _rewind(self):
+        """To a good state, or to the end."""
+        found = self._rescuer.rewind(self.step, self._lost.onset)
+        if found is None:
+            self._halt()
+        self._lost, (event, state) = None, found
+        if state is None:
+            # Of the beginning: nothing was known.
+            self._names, self._resumed = None, 0
+            self._diagnose(self._layout)
+        else:
+            self._diagnosis.restore(state)
+        self._tell([event])
+        self._tell_verdict(self.step)
 
     def on_train_batch_end(self, batch, logs=None):
         if self.every is None:
@@ -208,6 +272,8 @@ class StabilityMonitor(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         with self._ending_on_error():
             self._take(keep=0)
+            if self._lost is not None:
+                self._rewind()
             self._begun = self.step  # The last execution may be a part.
             self._lag = self.step - internals.batches_seen(self.model.optimizer)
             if logs is not None:
@@ -230,7 +296,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         begun = internals.batches_seen(self.model.optimizer) + self._lag
         if state is not None:
             begun = memory.recall(self, state)
-        halted = self.policy == "halt" and self.verdict.lost
+        halted = self.policy != "observe" and self.verdict.lost
         if halted or begun < self.step:
             self._diagnosis = None
             self._alert = self._calm = 0
@@ -292,39 +358,45 @@ class StabilityMonitor(keras.callbacks.Callback):
         full = sample.tensors is not None
         if full and self._watch.layouts[True] != self._layout:
             self._layout = self._watch.layouts[True]
-            self._write("layout", schema=SCHEMA, **describe(self._layout))
+            self._chronicle.layout(self._layout)
             self._diagnose(self._layout)
         scalars = self.last = sample.scalars
         self._place = epoch, batch
-        self._box.append(step, epoch, batch, sample)
-        self._write("step", step=step, epoch=epoch, batch=batch, **scalars)
-        if full:
-            tables = {k: getattr(sample, k) for k in TABLES}
-            self._write("table", step=step, **tables)
+        self._chronicle.step(step, epoch, batch, sample)
+        if self._lost is not None:
+            return  # It will be taken back.
         before = self.verdict
         events = self._diagnosis.update(step, sample)
+        if self._rescuer is not None:
+            events += self._rescuer.look(step, scalars, self._diagnosis)
         self._summary.add({**scalars, "verdict": float(self.verdict)})
         self.worst = max(self.worst, self.verdict)
-        for event in events:
-            self.events.append(event)
-            self._write("event", **dataclasses.asdict(event))
-            if self.on_event is not None:
-                self.on_event(event)
-        kinds = collections.Counter(event.detector for event in events)
-        for kind, count in kinds.items():
-            event = next(e for e in events if e.detector == kind)
-            self._report(event, count - 1)
+        for event in self._tell(events):
+            self._attend(event)
         if self.verdict != before:
-            self._write("verdict", step=step, verdict=str(self.verdict))
+            self._tell_verdict(step)
         if full:
-            self._send(step, sample)
-        if self.policy == "halt" and self.verdict.lost:
+            self._chronicle.send(step, sample, self._layout)
+        if self.policy != "observe" and self.verdict.lost:
             # The first of the last step that has any; none if it was lost when
             # another monitor saved it. This one does not: the last is better.
             saved = Event(step, step, "verdict", "loss", math.nan, "as saved")
             fatal = [e for e in self.events if e.detector in FATAL] or [saved]
             event = next(e for e in fatal if e.step == fatal[-1].step)
-            raise TrainingHalted(self.verdict, step, event, self._last_box)
+            self._lost = event
+            if self._rescuer is None:
+                self._halt()
+
+    def _halt(self):
+        lost, file = self._lost, self._chronicle.file
+        raise TrainingHalted(self.verdict, lost.step, lost, file)
+
+    def _tell(self, events):
+        about = self.verdict, self._layout, self.verbose
+        return self._chronicle.found(events, *about)
+
+    def _tell_verdict(self, step):
+        self._chronicle.write("verdict", step=step, verdict=str(self.verdict))
 
     def _diagnose(self, layout):
         """Detectors for this layout: those at work, or saved ones, or new."""
@@ -335,43 +407,22 @@ class StabilityMonitor(keras.callbacks.Callback):
         warmup = self._warmup_steps
         if warmup is None:
             warmup = internals.warmup_steps(self._model.optimizer)
-        self._diagnosis, self._box = Diagnosis(layout, warmup), BlackBox()
+        self._diagnosis = Diagnosis(layout, warmup)
+        self._chronicle.box = BlackBox()
         file = self.path and Path(self.path) / "monitor.json"
         if file and file.exists() and self._resumed:
             self._diagnosis.load(file, self._resumed)
 
-    def _report(self, event, others):
-        """Tells of an event, which stands for `others` at the same step."""
+    def _attend(self, event):
+        """Looks closely for a while, if it may."""
         fatal = event.detector in FATAL
         if self.every == "auto" and (fatal or event.step >= self._calm):
             # A run that warns all the time is not looked at all the time.
             self._alert = self._begun + ALERT
             self._calm = event.step + 5 * ALERT
-        due = self._box.due(event)
-        if due and self._writer is not None:
-            self._last_box = self._writer.black_box(
-                event, self._box.arrays(self._layout)
-            )
-        if self.verbose and (due or fatal):
-            name = str(self.verdict) if event.detector == "verdict" else ""
-            what = ": ".join(filter(None, (name, event.detail)))
-            more = f" (and {others} like it)" if others else ""
-            print(f"\nStabilityMonitor, step {event.step}: {what}{more}")
-
-    # Records.
-
-    def _write(self, kind, **entries):
-        if self._writer is not None:
-            self._writer.write(kind, **entries)
-
-    def _send(self, step, sample):
-        if self.sinks:
-            scalars = self._selection(flatten(sample, self._layout))
-            for sink in self.sinks:
-                sink.write(step, scalars)
 
     def _save(self):
-        if self._writer is not None and self._diagnosis is not None:
+        if self._chronicle.position is not None and self._diagnosis is not None:
             file = Path(self.path) / "monitor.json"
             self._diagnosis.save(file, self.step)
             self._saved = time.monotonic()
@@ -379,13 +430,10 @@ class StabilityMonitor(keras.callbacks.Callback):
     def close(self):
         """Leaves the model as it was, and the files complete."""
         if self._places is not None:
-            for sink in self.sinks:
-                sink.close()
+            self._chronicle.close_sinks()
             self._places = None
             self._release()
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._chronicle.close()

@@ -290,6 +290,9 @@ class Checkpoints(keras.callbacks.Callback):
         data = None
         if self.data is not None:
             done = self._data_begun + step - self._begun
+            if self.monitor is not None and self.monitor.undone:
+                # It went back, and on at another place.
+                done = self.monitor.place_of(step + 1)
             data = self.data.get_state(done)
         state = {
             "step": step,

@@ -162,8 +162,14 @@ def prepare(args, before, ks, keras):
         }
         for source, weight, corpus in zip(args.data, weights, corpora)
     ]
+    seeks = args.policy == "recover" or args.autopsy
     monitor = ks.StabilityMonitor(
-        args.out, policy=args.policy, every=every, inputs=args.inputs
+        args.out,
+        policy=args.policy,
+        every=every,
+        inputs=args.inputs,
+        data=batches if seeks else None,
+        autopsy=args.autopsy,
     )
     checkpoints = ks.Checkpoints(
         Path(args.out) / "checkpoints",
@@ -189,9 +195,21 @@ def prepare(args, before, ks, keras):
     if args.tokenizer.startswith("bpe:") and run.writes:
         # `--tokenizer` takes it: learned once, for many runs.
         tokenizer.to_file(run.path / "tokenizer.json")
-    # All steps in one pass for `fit`, whatever the corpus's passes are.
-    batches = batches.repeat()[: args.steps - (begin or 0)]
     return lm, batches, evaluations, run, [monitor, checkpoints]
+
+
+def fit(lm, batches, steps, monitor, checkpoints, verbose):
+    """Trains until all steps are made, also those that were taken back."""
+    made = checkpoints.step or 0
+    while (left := steps + monitor.undone - made) > 0:
+        # All in one pass for `fit`, whatever the corpus's passes are.
+        lm.fit(
+            batches.repeat()[:left],
+            callbacks=[monitor, checkpoints],
+            verbose=verbose,
+        )
+        made += left
+        batches.set_state(batches.get_state(monitor.position))
 
 
 def evaluate(lm, batches, keras):
@@ -284,11 +302,9 @@ def main(arguments=None):
     if before is not None:
         say(f"Goes on after step {checkpoints.step}.")
     try:
-        if len(batches):
-            callbacks = [monitor, checkpoints]
-            # A bar is for terminals: in a file it is a line for each step.
-            verbose = (1 if sys.stdout.isatty() else 2) if run.writes else 0
-            lm.fit(batches, callbacks=callbacks, verbose=verbose)
+        # A bar is for terminals: in a file it is a line for each step.
+        verbose = (1 if sys.stdout.isatty() else 2) if run.writes else 0
+        fit(lm, batches, args.steps, monitor, checkpoints, verbose)
     except ks.TrainingHalted as halted:
         print(f"\n{halted}")
     except ks.TrainingInterrupted as interrupted:

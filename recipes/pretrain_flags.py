@@ -15,7 +15,7 @@ SAVES = ("all", "none")
 # What a resumed run may have otherwise than before.
 FREE = (
     "resume out backend cache distribution tensor_parallel multi_host policy "
-    "prompt save checkpoint_every keep_last keep_every"
+    "autopsy prompt save checkpoint_every keep_last keep_every"
 ).split()
 
 
@@ -228,7 +228,15 @@ def build(description, ks):
     add(
         "--policy",
         default="halt",
-        help="halt: stop a run that is lost; observe: let it go on (halt)",
+        help="halt: stop a run that is lost; observe: let it go on; guard: "
+        "leave bad updates out, and stop it when it is lost; recover: then "
+        "go back, past the bad batches, up to three times (halt)",
+    )
+    add(
+        "--autopsy",
+        action="store_true",
+        help="with guard and recover: when it is lost, find out whether data, "
+        "weights or both are the cause",
     )
     add(
         "--every",

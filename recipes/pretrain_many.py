@@ -84,6 +84,12 @@ def main(arguments=None):
         models, data, evaluations, records, callbacks = zip(
             *(prepared for _, prepared in found)
         )
+        data = [
+            batches.repeat()[: args.steps - (checkpoints.step or 0)]
+            for batches, (args, _), (_, checkpoints) in zip(
+                data, found, callbacks
+            )
+        ]
         monitors = [monitor for monitor, _ in callbacks]
         for monitor in monitors:
             monitor.verbose = 0  # Whose step it was would not be told.

@@ -1,0 +1,244 @@
+"""Saves a run while it trains: what the `Ladder` decides is done here."""
+
+import collections
+import json
+import math
+from pathlib import Path
+
+from keras_stable import backend
+from keras_stable import json_files
+from keras_stable.backups import Backups
+from keras_stable.events import Event
+from keras_stable.events import Verdict
+from keras_stable.feed import Feed
+from keras_stable.guard import Guard
+from keras_stable.rescue import WINDOW
+from keras_stable.rescue import Ladder
+from keras_stable.rescue import Rescue
+
+LEDGER = "skipped.jsonl"
+
+
+class Rescuer:
+    """The guard, the backups and the data of one run.
+
+    Args:
+        rescue: `Rescue`.
+        recovers: bool. Whether a lost run is rewound.
+        data: what `Feed` takes, or None: then nothing is trained on again,
+            and what must be passed over is left out by the guard, as it comes.
+        autopsy: bool. Whether the cause is looked for.
+
+    Attributes:
+        guard: `Guard` of the compiled step.
+        place: number of the next batch in the data.
+        undone: updates that rewinds took back and `fit` did not make again.
+    """
+
+    def __init__(self, rescue, recovers, data, autopsy):
+        self.rescue, self.recovers, self.autopsy = rescue, recovers, autopsy
+        self.guard, self.ladder = Guard(), Ladder(rescue)
+        self.feed = None if data is None else Feed(data)
+        self.backups = None
+        self.place = 0 if self.feed is None else self.feed.position
+        self.undone = self._backed_up = 0
+        self._dropping = 0  # Places below it are left out.
+        self._batches = collections.deque()
+        # Of the last steps: place, loss, gradient norm.
+        self.seen, self._places = collections.OrderedDict(), {}
+
+    @classmethod
+    def of(cls, policy, rescue, data, autopsy, every):
+        """Of a monitor with these arguments; None if it does not intervene.
+
+        Raises:
+            ValueError: for arguments that do not go together.
+        """
+        if not isinstance(rescue, Rescue):
+            raise ValueError(
+                "`rescue` must be a `Rescue`, e.g. Rescue(back_off=0.9). "
+                f"Received: {rescue!r}"
+            )
+        intervenes = policy in ("guard", "recover")
+        if autopsy and data is None:
+            raise ValueError(
+                "`autopsy=True` trains on batches again: give them as `data`, "
+                "see `Feed`."
+            )
+        if data is not None and policy != "recover" and not autopsy:
+            raise ValueError(
+                "`data` is for policy='recover' and for `autopsy=True`. "
+                f"Received: policy={policy!r}"
+            )
+        if not intervenes and not autopsy:
+            return None
+        if every is None:
+            raise ValueError(
+                f"policy={policy!r} decides inside the compiled step, from its "
+                "numbers, and `every=None` measures none: give a number of "
+                "steps, or 'auto'."
+            )
+        return cls(rescue, policy == "recover", data, autopsy)
+
+    def begin(self, model, step, path):
+        """In `fit`, before its first step.
+
+        Args:
+            model: that trains.
+            step: the last that was made.
+            path: of the run's directory, or None.
+        """
+        self.model, self._ledger = model, path and Path(path) / LEDGER
+        if self.feed is not None and self._ledger and self._ledger.exists():
+            self._read()
+        if (self.recovers or self.autopsy) and self.backups is None:
+            self.backups = Backups(model, keep=self.rescue.keep)
+            self.backups.take(step, self.place, None)
+            self.backups.certify(step)
+            self._backed_up = step
+
+    def _read(self):
+        """Ranges that this run passed over before it was resumed."""
+        known = [(r["first"], r["last"]) for r in self.feed.ledger]
+        for line in self._ledger.read_text().splitlines():
+            record = json_files.parse(line, self._ledger)
+            if (record["first"], record["last"]) not in known:
+                self.feed.skip(record["first"], record["last"])
+
+    # Before each step.
+
+    @property
+    def feeds(self):
+        """Whether batches come from the data here, and not from `fit`."""
+        # Only then: as long as nothing happens, nothing is different.
+        return self.feed is not None and bool(self.feed.ledger)
+
+    def prepare(self, step, size, diagnosis):
+        """Before steps number `step` to `step + size - 1` are launched."""
+        guard = self.guard
+        for number in range(step, step + size):
+            if self.feeds:
+                self.place, batch = self.feed.next()
+                self._batches.append(batch)
+            self._places[number] = self.place
+            self.place += 1
+        guard.loss, guard.gradient_norm = math.inf, math.inf
+        if diagnosis is not None:
+            limits = self.ladder.limits(step, diagnosis.judge)
+            guard.loss, guard.gradient_norm = limits
+        if self._places[step] < self._dropping:
+            guard.loss = -math.inf
+        guard.rate = self.ladder.rate(step)
+
+    def next_batch(self):
+        return self._batches.popleft()
+
+    def is_due(self, step):
+        """Whether the state after a step is to be copied."""
+        every = self.rescue.every
+        return (
+            self.backups is not None
+            and step // every > self._backed_up // every
+        )
+
+    def back_up(self, step, diagnosis):
+        """Copies the state after `step`, which was looked at."""
+        self._backed_up = step
+        if diagnosis.calm and self.ladder.unwell < step:
+            self.backups.take(step, self.place, diagnosis.state())
+
+    # After each step.
+
+    def look(self, step, scalars, diagnosis):
+        """Takes in a step; returns its events."""
+        place = self._places.pop(step)
+        self.seen[step] = place, scalars["loss"], scalars["gradient_norm"]
+        while len(self.seen) > WINDOW:
+            self.seen.popitem(last=False)
+        if place < self._dropping:
+            self.undone += 1
+            return []
+        events, lost = self.ladder.update(step, scalars, diagnosis.calm)
+        if lost:
+            loss = scalars["loss"]
+            finite = math.isfinite(loss + scalars["gradient_norm"])
+            verdict = Verdict.DIVERGED if finite else Verdict.NONFINITE
+            why = "leaving out updates does not help"
+            diagnosis.judge.lose(verdict, step, self.ladder.onset, why)
+            events += diagnosis.judge.update(step, {})
+        if self.backups is not None:
+            # Of those that are too new to count, one bad step spoils all.
+            if self.ladder.unwell == step:
+                self.backups.drop(after=step - self.rescue.certify)
+            self.backups.certify(up_to=step - self.rescue.certify)
+        return events
+
+    # When all is lost.
+
+    def rewind(self, step, onset):
+        """Goes back to a good state.
+
+        Args:
+            step: the last that was made, and looked at.
+            onset: the first step of what is wrong.
+
+        Returns:
+            `(event, state of the diagnosis)`, or None: there is nothing left
+            but to halt.
+        """
+        if not self.recovers or not self.ladder.may_rewind(step):
+            return None
+        backup = self.backups.newest(before=onset - self.rescue.margin)
+        backup = backup or self.backups.oldest()
+        if backup is None or backup.step >= onset:
+            return None
+        last = self.seen[onset][0] if onset in self.seen else self.place - 1
+        first, end = backup.place, last + self.rescue.skip + 1
+        if self.feed is None:
+            self._dropping = end = max(end, self.place)
+        else:
+            self._record(self.feed.skip(first, end - 1))
+            self.feed.seek(end)
+            self.place = end
+        self.backups.restore(backup)
+        self.backups.drop(after=backup.step)
+        self._places = {}
+        self.undone += step - backup.step
+        self._backed_up = step
+        self.ladder.rewind(step, backup.step)
+        detail = (
+            f"back to the state after step {backup.step}; batches {first} to "
+            f"{end - 1} of the data are passed over"
+        )
+        value = float(backup.step)
+        event = Event(step, onset, "rewind", "weights", value, detail)
+        return event, backup.extra
+
+    def _record(self, entry):
+        if self._ledger and backend.is_writer():
+            with open(self._ledger, "a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    # For a checkpoint.
+
+    def place_of(self, step):
+        """Number of the batch of a step that was prepared, or the next."""
+        return self._places.get(step, self.place)
+
+    def state(self, step):
+        """As it is after a step."""
+        return {
+            "ladder": self.ladder.state(),
+            "place": self.place_of(step + 1),
+            "undone": self.undone,
+            "dropping": self._dropping,
+            "feed": self.feed and self.feed.state(),
+        }
+
+    def restore(self, state):
+        self.ladder.restore(state["ladder"])
+        self.place, self.undone = state["place"], state["undone"]
+        self._dropping = state["dropping"]
+        if self.feed is not None and state["feed"] is not None:
+            self.feed.restore(state["feed"])
+            self.feed.seek(self.place)
