@@ -12,7 +12,8 @@ from keras_stable.backend import internals
 # `nonfinite_gradients` counts variables; `clean_gradient` is the shallowest of
 # the others, -1 if all are bad or none is; `clipped` is the share clipped: of
 # steps, of variables or of entries, as the optimizer clips; `skipped` is 1
-# where loss scaling skipped the update.
+# where loss scaling skipped the update, `guarded` where a guard left the whole
+# step out: nothing was updated then, and it is not called skipped.
 UPDATE_SCALARS = (
     "gradient_norm",
     "update_norm",
@@ -22,6 +23,7 @@ UPDATE_SCALARS = (
     "skipped",
     "updated",
     "loss_scale",
+    "guarded",
 )
 # Of a trainable variable; `staleness` is StableAdamW's RMS_t (Wortsman et al.,
 # arXiv 2304.13013), sqrt(mean(g^2 / max(v, epsilon^2))) with the gradient
@@ -85,12 +87,21 @@ def before(optimizer, full, gradients, variables, read):
     return found
 
 
-def after(optimizer, full, found, old, new, read):
+def gradient_norm(found, tensors):
+    """The norm of what `before` found; `tensors` are names of activations."""
+    order = forward_order(found["variables"], tensors)
+    squares = ops.take(found["squares"], np.array(order, "int32"))
+    return ops.sqrt(ops.sum(squares))
+
+
+def after(optimizer, full, found, old, new, read, guarded=False):
     """Adds what is known after the update to what `before` found."""
     indices = found["indices"]
     old, new = ([x[i] for i in indices] for x in (old, new))
 
     found["changes"] = backend.square_sums(new, old)
+    if full and guarded:
+        found["kept"] = backend.square_sums(old)
     norm = ops.sqrt(ops.sum(found["squares"]))
     kind, limit = internals.clipping(optimizer)
     factors, found["clipped"] = _clip(kind, limit, norm, found)
@@ -149,8 +160,22 @@ def _size(variable):
     return float(size)
 
 
-def summarize(optimizer, full, found, tensors):
+def _left_out(found, left_out):
+    """`found`, of a step that changed nothing if `left_out`."""
+    changes, stale = found["changes"], found.get("staleness")
+    found = {**found, "changes": ops.where(left_out, 0.0, changes)}
+    if stale is not None:
+        found["weights"] = ops.where(
+            left_out, found["kept"], found["weights"]
+        )
+        found["staleness"] = ops.where(left_out, float("nan"), stale)
+    return found
+
+
+def summarize(optimizer, full, found, tensors, left_out=None):
     """Scalars by `UPDATE_SCALARS`, the table, and its variables' paths."""
+    if left_out is not None:
+        found = _left_out(found, left_out)
     variables = found["variables"]
     order = np.array(forward_order(variables, tensors), "int32")
     squares = ops.take(found["squares"], order)
@@ -168,7 +193,14 @@ def summarize(optimizer, full, found, tensors):
         bad > 0 if scaled else ops.zeros(()),
         ops.cast(found["updated"], "float32"),
         ops.cast(found["scale"], "float32"),
+        ops.zeros(()),
     ]
+    if left_out is not None:
+        for name in ("skipped", "updated"):
+            place = UPDATE_SCALARS.index(name)
+            value = ops.cast(scalars[place], "float32")
+            scalars[place] = ops.where(left_out, 0.0, value)
+        scalars[-1] = ops.cast(left_out, "float32")
     paths = [variables[i].path for i in order]
     if not full:
         return scalars, None, paths

@@ -19,6 +19,7 @@ from keras_stable import taps
 from keras_stable import telemetry
 from keras_stable import updates
 from keras_stable.backend import internals
+from keras_stable.guard import GuardedStep
 
 KEY = "keras_stable_telemetry"
 
@@ -35,7 +36,7 @@ class Carried(NamedTuple):
     forward: Any
 
 
-def watch(model, include=None, exclude=None, inputs=False):
+def watch(model, include=None, exclude=None, inputs=False, guard=None):
     """Measures each training step of a model, until it is told not to.
 
     Works for any built and compiled Keras model: `fit` and `train_on_batch`
@@ -53,6 +54,7 @@ def watch(model, include=None, exclude=None, inputs=False):
             outputs are measured, of whatever class. Defaults to the above.
         exclude: regular expression: which of these are not.
         inputs: bool. Whether the inputs of these layers are measured too.
+        guard: `Guard`, which leaves out steps that do not keep to it, or None.
 
     Returns:
         A `Watch`. It is a context manager; `remove()` ends it as well, and so
@@ -74,7 +76,9 @@ def watch(model, include=None, exclude=None, inputs=False):
     before = _watched.get(id(model))
     if before is not None:
         before.remove()
-    _watched[id(model)] = new = Watch(model, include, exclude, inputs)
+    _watched[id(model)] = new = Watch(
+        model, include, exclude, inputs, guard
+    )
     return new
 
 
@@ -91,8 +95,11 @@ class Watch:
             model's own `train_step` passes by what is observed.
     """
 
-    def __init__(self, model, include=None, exclude=None, inputs=False):
+    def __init__(
+        self, model, include=None, exclude=None, inputs=False, guard=None
+    ):
         _check(model)
+        self._guarded = None if guard is None else GuardedStep(guard)
         self.full, self.inputs = True, inputs
         self.layout = packing.Layout()
         self.layouts, self._programs, self._store = {}, {}, {}
@@ -227,13 +234,27 @@ class Watch:
         recorder = telemetry.recorder()
         if recorder is None:
             return None
-        return updates.before(self._optimizer, recorder.full, *args)
+        found = updates.before(self._optimizer, recorder.full, *args)
+        if self._guarded is not None and self._forward is not None:
+            # On jax the loss is on its way out of the gradient's trace.
+            loss = self._forward["loss"]
+            found["left_out"] = self._decide(found, loss)
+        return found
+
+    def _decide(self, found, loss):
+        norm = updates.gradient_norm(found, self.layout.tensors)
+        scaled = hasattr(self._optimizer, "dynamic_scale")
+        return self._guarded.decide(loss, norm, scaled)
 
     def _after(self, found, *args):
         recorder = telemetry.recorder()
         if found is not None:
             self._found = updates.after(
-                self._optimizer, recorder.full, found, *args
+                self._optimizer,
+                recorder.full,
+                found,
+                *args,
+                guarded=self._guarded is not None,
             )
 
     def _compute_metrics(self, original, x, y, y_pred, *args, **kwargs):
@@ -245,8 +266,15 @@ class Watch:
         if forward is None or found is None:
             return logs
         full, layout = telemetry.recorder().full, self.layout
+        left_out = None
+        if self._guarded is not None:
+            left_out = self._guarded.left_out
+            if left_out is None:
+                left_out = self._decide(found, forward["loss"])
+            self._guarded.put_back()
+            logs = {**logs, **self._model.get_metrics_result()}
         scalars, table, layout.variables = updates.summarize(
-            self._optimizer, full, found, layout.tensors
+            self._optimizer, full, found, layout.tensors, left_out
         )
         packed, largest = packing.pack(full, forward, scalars, table)
         self.layouts[full] = layout
@@ -273,6 +301,8 @@ class Watch:
                     model.optimizer, self._before, self._after
                 )
             )
+            if self._guarded is not None:
+                self._undo.append(self._guarded.slow(model.optimizer))
         # Both at once: for a distribution Keras asks weights where they lie,
         # and on jax they have no values while an epoch goes on.
         self._programs = {False: self._program(), True: self._program()}
@@ -294,11 +324,15 @@ class Watch:
             with telemetry.recording(recorder):
                 return train_step(*args, **kwargs)
 
+        if self._guarded is not None:
+            step = self._guarded.program(model, step)
         self._undo.append(internals.replace(model, "train_step", step))
         self._make(force=True)
         return model.train_function
 
     def _run(self, *args):
+        if self._guarded is not None:
+            args = self._guarded.give(args)
         self._pending.append([])
         try:
             result = self._programs[self.full](*args)

@@ -43,6 +43,7 @@ FLOORS = [
     {"telemetry", "family", "tokenizers", "health", "experiments"},
     {
         *{"detectors", "updates", "taps", "optimizers", "data", "linear"},
+        "guard",
         *{"families", "subwords", "token_cache", "growth", "digests"},
     },
     {

@@ -32,7 +32,9 @@ FUNCTIONS = [
     "fuses_attention",
     "gather",
     "gelu",
+    "give_numbers",
     "global_mean",
+    "guarded",
     "is_writer",
     "keep_programs",
     "local_rows",
@@ -45,6 +47,7 @@ FUNCTIONS = [
     "observe_updates",
     "operation",
     "peak_memory",
+    "put_back",
     "queueing",
     "processes",
     "reachable",
@@ -269,6 +272,48 @@ def learning_at(optimizer, schedule, peak):
     finally:
         for function in undo:
             function()
+
+
+def multiply_rate(optimizer, factor):
+    """Has `factor()` in an optimizer's learning rate, unless it is None.
+
+    Returns:
+        A function that undoes it.
+    """
+    undo = []
+    for inner in unwrapped(optimizer):
+
+        def current(original=inner._get_current_learning_rate):
+            rate, times = original(), factor()
+            if times is None or isinstance(times, float) and times == 1.0:
+                return rate
+            rate = ops.convert_to_tensor(rate)
+            if not isinstance(times, float):
+                times = ops.cast(times, rate.dtype)
+            return rate * times
+
+        undo.append(replace(inner, "_get_current_learning_rate", current))
+
+    def undo_all():
+        for function in undo:
+            function()
+
+    return undo_all
+
+
+def moving_variables(model):
+    """What a step may change besides weights that are learned, and metrics.
+
+    Moving statistics, seeds of random numbers, vectors of power iterations;
+    not weights that were frozen.
+    """
+    frozen = {
+        id(v)
+        for layer in model._flatten_layers()
+        for v in layer._trainable_variables
+    }
+    found = model.non_trainable_variables
+    return [v for v in found if id(v) not in frozen]
 
 
 def clipping(optimizer):

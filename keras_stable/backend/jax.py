@@ -11,6 +11,8 @@ from jax.experimental import mesh_utils
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
+from keras_stable.backend.jax_guard import give_numbers as give_numbers
+from keras_stable.backend.jax_guard import guarded as guarded
 from keras_stable.backend.jax_gradients import operation as operation
 from keras_stable.backend.jax_gradients import with_gradient as with_gradient
 from keras_stable.backend.jax_kernels import (
@@ -30,6 +32,7 @@ from keras_stable.backend.whole_steps import add_slice as add_slice
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
+from keras_stable.backend.whole_steps import put_back as put_back
 from keras_stable.backend.whole_steps import queueing as queueing
 from keras_stable.backend.whole_steps import region as region
 from keras_stable.backend.whole_steps import send_logs as send_logs

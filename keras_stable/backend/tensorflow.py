@@ -17,10 +17,14 @@ from keras_stable.backend.jax_only import losses_of_many as losses_of_many
 from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
+from keras_stable.backend.tensorflow_guard import apply_unless
+from keras_stable.backend.tensorflow_guard import give_numbers as give_numbers
+from keras_stable.backend.tensorflow_guard import guarded as guarded
 from keras_stable.backend.whole_steps import add_slice as add_slice
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
+from keras_stable.backend.whole_steps import put_back as put_back
 from keras_stable.backend.whole_steps import queueing as queueing
 from keras_stable.backend.whole_steps import region as region
 from keras_stable.backend.whole_steps import send_logs as send_logs
@@ -289,7 +293,8 @@ def observe_updates(optimizer, before, after):
         dense = [g if g is None else tf.convert_to_tensor(g) for g in grads]
         found = before(dense, variables, read)
         old = [read(v) for v in variables]
-        original(grads, trainable_variables)
+        left_out = (found or {}).get("left_out")
+        apply_unless(left_out, lambda: original(grads, trainable_variables))
         after(found, old, [read(v) for v in variables], read)
 
     return replace(optimizer, "apply", apply)

@@ -20,6 +20,11 @@ from keras_stable.backend.torch_attention import HEAD_SIZES
 from keras_stable.backend.torch_attention import attend_fused
 from keras_stable.backend.torch_gradients import operation as operation
 from keras_stable.backend.torch_gradients import with_gradient as with_gradient
+from keras_stable.backend.torch_guard import apply_unless
+from keras_stable.backend.torch_guard import give_numbers as give_numbers
+from keras_stable.backend.torch_guard import guarded as guarded
+from keras_stable.backend.torch_guard import put_back as put_back
+from keras_stable.backend.torch_guard import taken_back
 from keras_stable.backend.torch_processes import distribute as distribute
 from keras_stable.backend.torch_processes import global_mean as global_mean
 from keras_stable.backend.torch_processes import is_writer as is_writer
@@ -149,8 +154,9 @@ def _updates_made(optimizer):
     each = optimizer.gradient_accumulation_steps or 1
     # Each batch adds one, in place. Whatever else assigns is seen here too.
     known, version, count = vars(optimizer).get("_counted", (None, 0, 0))
+    left_out = taken_back(optimizer)
     if batches is known and batches._version == version + each:
-        count += 1
+        count += 1 - left_out
     else:
         count = int(batches) // each
     vars(optimizer)["_counted"] = batches, batches._version, count
@@ -199,7 +205,7 @@ def update_adamw(optimizer, gradients, variables, learning_rate, decay):
                 amsgrad=False,
                 maximize=False,
                 grad_scale=scale,
-                found_inf=None,
+                found_inf=vars(optimizer).get("_left_out"),
             )
 
 
@@ -285,7 +291,11 @@ def observe_updates(optimizer, before, after):
         found = before(grads, variables, lambda v: v.value)
         # Updated in place: the old values must be kept.
         old = torch._foreach_add([v.value.detach() for v in variables], 0)
-        original(grads, trainable_variables)
+        apply_unless(
+            (found or {}).get("left_out"),
+            optimizer,
+            lambda: original(grads, trainable_variables),
+        )
         after(found, old, [v.value for v in variables], lambda v: v.value)
 
     return replace(optimizer, "apply", apply)

@@ -42,6 +42,17 @@ def update_adamw(optimizer, gradients, variables, learning_rate, decay):
     raise NotImplementedError
 
 
+def put_back(left_out, kept):
+    """Assigns variables their values before, where a step is left out.
+
+    Args:
+        left_out: bool scalar tensor.
+        kept: list of pairs of a variable and its value before.
+    """
+    for variable, value in kept:
+        variable.assign(ops.where(left_out, value, variable.value))
+
+
 def to_device(batch):
     """A batch of arrays, on its way to the device; waits for nothing."""
     return batch
