@@ -141,7 +141,10 @@ from keras_stable.detectors import Collapse as Collapse
 from keras_stable.detectors import collapsed as collapsed
 from keras_stable.judge import Judge as Judge
 from keras_stable.events import Verdict as Verdict
+from keras_stable.autopsy import Cause as Cause
+from keras_stable.feed import Feed as Feed
 from keras_stable.monitor import StabilityMonitor as StabilityMonitor
+from keras_stable.rescue import Rescue as Rescue
 from keras_stable.events import TrainingHalted as TrainingHalted
 from keras_stable.many import losses_of_many as losses_of_many
 from keras_stable.many import train_many as train_many

@@ -34,8 +34,8 @@ class Cause(enum.StrEnum):
 
 def is_bad(found, limits):
     """Whether `(loss, gradient norm)` is not finite or beyond the limits."""
-    return any(not x <= min(y, math.inf) for x, y in zip(found, limits)) or any(
-        not math.isfinite(x) for x in found
+    return any(
+        not math.isfinite(x) or x > limit for x, limit in zip(found, limits)
     )
 
 
@@ -66,7 +66,11 @@ def examine(rescuer, telemetry, onset):
         `(cause, sentence)`.
     """
     seen, guard = rescuer.seen, rescuer.guard
-    wrong = [s for s, x in seen.items() if s >= onset and is_bad(*x.judged)]
+    wrong = [
+        step
+        for step, one in seen.items()
+        if step >= onset and is_bad(one.found, one.limits)
+    ]
     if not wrong:
         return Cause.GRADUAL, "no single step was beyond the limits"
     step, data = wrong[0], rescuer.feed
@@ -90,7 +94,7 @@ def examine(rescuer, telemetry, onset):
             rescuer.backups.restore(backup)
             for s in range(backup.step + 1, step):
                 if not seen[s].guarded:
-                    train(seen[s].place, math.inf, rescuer.ladder.rate(s))
+                    train(seen[s].place, math.inf, rescuer.rungs.rate(s))
         place, limits = seen[step].place, seen[step].limits
         tried = [probe(place), probe(place)]
         after = probe(data.place_after(place, 1))
@@ -108,7 +112,7 @@ def examine(rescuer, telemetry, onset):
         rescuer.backups.restore(now)
         guard.loss, guard.gradient_norm, guard.rate, telemetry.feed = before
     detail = (
-        f"loss of batch {place} at step {step}: {seen[step].loss:.4g}; again "
+        f"loss of batch {place} at step {step}: {seen[step].found[0]:.4g}; again "
         f"{tried[0][0]:.4g} and {tried[1][0]:.4g}; of the next batch "
         f"{after[0]:.4g}; on the state after step {backup.step} "
         f"{older[0]:.4g}"

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -252,6 +253,11 @@ class StabilityMonitor(keras.callbacks.Callback):
 
     def _rewind(self):
         """To a good state, or to the end."""
+        if self._rescuer.autopsy:
+            event = self._rescuer.examine(self._watch, self.step, self._lost)
+            why = f"{self._lost.detail}; {event.detail}"
+            self._lost = dataclasses.replace(self._lost, detail=why)
+            self._tell([event])
         found = self._rescuer.rewind(self.step, self._lost.onset)
         if found is None:
             self._halt()

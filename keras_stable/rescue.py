@@ -108,7 +108,7 @@ class Rescue:
 WINDOW = 1000  # Steps of which `share` is.
 
 
-class Ladder(Detector):
+class Rungs(Detector):
     """Where a run stands on the rungs; see the module and `Rescue`.
 
     Attributes:
@@ -118,8 +118,8 @@ class Ladder(Detector):
             over: one left out, or with something open in the loss.
         rewinds: `(step, step that it went back to)` of each.
 
-    >>> ladder = Ladder(Rescue())
-    >>> ladder.rate(7)
+    >>> rungs = Rungs(Rescue())
+    >>> rungs.rate(7)
     1.0
     """
 

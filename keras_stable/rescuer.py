@@ -1,10 +1,12 @@
-"""Saves a run while it trains: what the `Ladder` decides is done here."""
+"""Saves a run while it trains: what the `Rungs` decides is done here."""
 
 import collections
 import json
 import math
 from pathlib import Path
+from typing import NamedTuple
 
+from keras_stable import autopsy
 from keras_stable import backend
 from keras_stable import json_files
 from keras_stable.backups import Backups
@@ -13,10 +15,19 @@ from keras_stable.events import Verdict
 from keras_stable.feed import Feed
 from keras_stable.guard import Guard
 from keras_stable.rescue import WINDOW
-from keras_stable.rescue import Ladder
+from keras_stable.rescue import Rungs
 from keras_stable.rescue import Rescue
 
 LEDGER = "skipped.jsonl"
+
+
+class Prepared(NamedTuple):
+    """One step: its place in the data, its limits, and what was found."""
+
+    place: int
+    limits: tuple
+    found: tuple = (math.nan, math.nan)
+    guarded: bool = False
 
 
 class Rescuer:
@@ -37,15 +48,15 @@ class Rescuer:
 
     def __init__(self, rescue, recovers, data, autopsy):
         self.rescue, self.recovers, self.autopsy = rescue, recovers, autopsy
-        self.guard, self.ladder = Guard(), Ladder(rescue)
+        self.guard, self.rungs = Guard(), Rungs(rescue)
         self.feed = None if data is None else Feed(data)
         self.backups = None
         self.place = 0 if self.feed is None else self.feed.position
         self.undone = self._backed_up = 0
         self._dropping = 0  # Places below it are left out.
         self._batches = collections.deque()
-        # Of the last steps: place, loss, gradient norm.
-        self.seen, self._places = collections.OrderedDict(), {}
+        # The last steps, by their numbers.
+        self.seen, self._prepared = {}, {}
 
     @classmethod
     def of(cls, policy, rescue, data, autopsy, every):
@@ -60,6 +71,11 @@ class Rescuer:
                 f"Received: {rescue!r}"
             )
         intervenes = policy in ("guard", "recover")
+        if autopsy and not intervenes:
+            raise ValueError(
+                "`autopsy=True` tries batches without training on them, which "
+                f"takes policy='guard' or 'recover'. Received: {policy!r}"
+            )
         if autopsy and data is None:
             raise ValueError(
                 "`autopsy=True` trains on batches again: give them as `data`, "
@@ -70,7 +86,7 @@ class Rescuer:
                 "`data` is for policy='recover' and for `autopsy=True`. "
                 f"Received: policy={policy!r}"
             )
-        if not intervenes and not autopsy:
+        if not intervenes:
             return None
         if every is None:
             raise ValueError(
@@ -89,12 +105,15 @@ class Rescuer:
             path: of the run's directory, or None.
         """
         self.model, self._ledger = model, path and Path(path) / LEDGER
-        if self.feed is not None and self._ledger and self._ledger.exists():
-            self._read()
+        if self.feed is not None:
+            # Where `fit` begins.
+            self.place = getattr(self.feed.data, "first_step", self.place)
+            self.feed.seek(self.place)
+            if self._ledger and self._ledger.exists():
+                self._read()
         if (self.recovers or self.autopsy) and self.backups is None:
             self.backups = Backups(model, keep=self.rescue.keep)
-            self.backups.take(step, self.place, None)
-            self.backups.certify(step)
+            self.backups.take(step, self.place, certified=True)
             self._backed_up = step
 
     def _read(self):
@@ -115,20 +134,19 @@ class Rescuer:
 
     def prepare(self, step, size, diagnosis):
         """Before steps number `step` to `step + size - 1` are launched."""
-        guard = self.guard
+        guard, limits = self.guard, (math.inf, math.inf)
+        if diagnosis is not None:
+            limits = self.rungs.limits(step, diagnosis.judge)
         for number in range(step, step + size):
             if self.feeds:
                 self.place, batch = self.feed.next()
                 self._batches.append(batch)
-            self._places[number] = self.place
+            self._prepared[number] = Prepared(self.place, limits)
             self.place += 1
-        guard.loss, guard.gradient_norm = math.inf, math.inf
-        if diagnosis is not None:
-            limits = self.ladder.limits(step, diagnosis.judge)
-            guard.loss, guard.gradient_norm = limits
-        if self._places[step] < self._dropping:
+        guard.loss, guard.gradient_norm = limits
+        if self._prepared[step].place < self._dropping:
             guard.loss = -math.inf
-        guard.rate = self.ladder.rate(step)
+        guard.rate = self.rungs.rate(step)
 
     def next_batch(self):
         return self._batches.popleft()
@@ -144,36 +162,43 @@ class Rescuer:
     def back_up(self, step, diagnosis):
         """Copies the state after `step`, which was looked at."""
         self._backed_up = step
-        if diagnosis.calm and self.ladder.unwell < step:
+        if diagnosis.calm and self.rungs.unwell < step:
             self.backups.take(step, self.place, diagnosis.state())
 
     # After each step.
 
     def look(self, step, scalars, diagnosis):
         """Takes in a step; returns its events."""
-        place = self._places.pop(step)
-        self.seen[step] = place, scalars["loss"], scalars["gradient_norm"]
-        while len(self.seen) > WINDOW:
-            self.seen.popitem(last=False)
-        if place < self._dropping:
+        one = self._prepared.pop(step)
+        found = scalars["loss"], scalars["gradient_norm"]
+        guarded = bool(scalars["guarded"])
+        self.seen[step] = one._replace(found=found, guarded=guarded)
+        self.seen.pop(step - WINDOW, None)
+        if one.place < self._dropping:
             self.undone += 1
             return []
-        events, lost = self.ladder.update(step, scalars, diagnosis.calm)
+        events, lost = self.rungs.update(step, scalars, diagnosis.calm)
         if lost:
             loss = scalars["loss"]
             finite = math.isfinite(loss + scalars["gradient_norm"])
             verdict = Verdict.DIVERGED if finite else Verdict.NONFINITE
             why = "leaving out updates does not help"
-            diagnosis.judge.lose(verdict, step, self.ladder.onset, why)
+            diagnosis.judge.lose(verdict, step, self.rungs.onset, why)
             events += diagnosis.judge.update(step, {})
         if self.backups is not None:
             # Of those that are too new to count, one bad step spoils all.
-            if self.ladder.unwell == step:
+            if self.rungs.unwell == step:
                 self.backups.drop(after=step - self.rescue.certify)
             self.backups.certify(up_to=step - self.rescue.certify)
         return events
 
     # When all is lost.
+
+    def examine(self, telemetry, step, lost):
+        """An `Event` that tells the `Cause` of another."""
+        cause, detail = autopsy.examine(self, telemetry, lost.onset)
+        detail = f"{cause}: {detail}"
+        return Event(step, lost.onset, "autopsy", cause, math.nan, detail)
 
     def rewind(self, step, onset):
         """Goes back to a good state.
@@ -186,13 +211,13 @@ class Rescuer:
             `(event, state of the diagnosis)`, or None: there is nothing left
             but to halt.
         """
-        if not self.recovers or not self.ladder.may_rewind(step):
+        if not self.recovers or not self.rungs.may_rewind(step):
             return None
         backup = self.backups.newest(before=onset - self.rescue.margin)
         backup = backup or self.backups.oldest()
         if backup is None or backup.step >= onset:
             return None
-        last = self.seen[onset][0] if onset in self.seen else self.place - 1
+        last = self.seen[onset].place if onset in self.seen else self.place - 1
         first, end = backup.place, last + self.rescue.skip + 1
         if self.feed is None:
             self._dropping = end = max(end, self.place)
@@ -202,10 +227,10 @@ class Rescuer:
             self.place = end
         self.backups.restore(backup)
         self.backups.drop(after=backup.step)
-        self._places = {}
+        self._prepared = {}
         self.undone += step - backup.step
         self._backed_up = step
-        self.ladder.rewind(step, backup.step)
+        self.rungs.rewind(step, backup.step)
         detail = (
             f"back to the state after step {backup.step}; batches {first} to "
             f"{end - 1} of the data are passed over"
@@ -223,12 +248,13 @@ class Rescuer:
 
     def place_of(self, step):
         """Number of the batch of a step that was prepared, or the next."""
-        return self._places.get(step, self.place)
+        one = self._prepared.get(step) or self.seen.get(step)
+        return one.place if one else self.place
 
     def state(self, step):
         """As it is after a step."""
         return {
-            "ladder": self.ladder.state(),
+            "rungs": self.rungs.state(),
             "place": self.place_of(step + 1),
             "undone": self.undone,
             "dropping": self._dropping,
@@ -236,7 +262,7 @@ class Rescuer:
         }
 
     def restore(self, state):
-        self.ladder.restore(state["ladder"])
+        self.rungs.restore(state["rungs"])
         self.place, self.undone = state["place"], state["undone"]
         self._dropping = state["dropping"]
         if self.feed is not None and state["feed"] is not None:

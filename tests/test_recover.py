@@ -1,0 +1,256 @@
+"""Runs that break, and go on: `StabilityMonitor` with guard and recover."""
+
+import json
+
+import grain
+import keras
+import numpy as np
+import pytest
+
+import keras_stable as ks
+
+STEPS = 260
+# Everything sooner, so that tests are short; no warm-up, to compare bits.
+QUICK = ks.Rescue(
+    every=20, certify=10, margin=10, skip=15, rewarmup=0, back_off=1.0
+)
+DIRECTIONS = np.random.default_rng(9).normal(size=(8, 4))
+
+
+def good_batch(place):
+    rng = np.random.default_rng([1, int(place)])
+    x = rng.normal(size=(16, 8))
+    y = (x @ DIRECTIONS).argmax(1)
+    return x.astype("float32"), y.astype("int32")
+
+
+def source(bad=(), how=lambda x, y: (x * np.float32(np.nan), y)):
+    def batch(place):
+        x, y = good_batch(place)
+        return how(x, y) if place in bad else (x, y)
+
+    return grain.MapDataset.range(2000).map(batch)
+
+
+def build(rate=3e-3, **kwargs):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(32, activation="tanh"),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(4),
+        ]
+    )
+    schedule = ks.WarmupSchedule(rate, STEPS, warmup_steps=20)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(ks.AdamW(schedule), loss, **kwargs)
+    return model
+
+
+def train(model, data, monitor=None, steps=STEPS, callbacks=()):
+    """All steps, also those that were taken back."""
+    made = 0
+    callbacks = [*([monitor] if monitor else []), *callbacks]
+    while (left := steps + (monitor.undone if monitor else 0) - made) > 0:
+        place = monitor.position if monitor else 0
+        model.fit(
+            data[place : place + left],
+            steps_per_epoch=left,
+            shuffle=False,
+            verbose=0,
+            callbacks=callbacks,
+        )
+        made += left
+
+
+def monitor_of(policy, data=None, rescue=QUICK, path=None, **kwargs):
+    kwargs = {"every": 50, "verbose": 0, **kwargs}
+    return ks.StabilityMonitor(
+        path, policy=policy, data=data, rescue=rescue, **kwargs
+    )
+
+
+def weights(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [np.array(keras.ops.convert_to_numpy(v)) for v in variables]
+
+
+def assert_same(model, other):
+    for ours, theirs in zip(weights(model), weights(other), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def kinds(monitor):
+    return [event.detector for event in monitor.events]
+
+
+def break_weight(model, step):
+    """A callback that puts a NaN into a weight, once."""
+    made = [0]
+
+    def change(batch, logs=None):
+        made[0] += 1
+        if made[0] == step:
+            if hasattr(model, "jax_state_sync"):
+                model.jax_state_sync()
+            matrix = model.trainable_variables[0]
+            value = np.array(keras.ops.convert_to_numpy(matrix))
+            value[0, 0] = np.nan
+            matrix.assign(value)
+
+    return keras.callbacks.LambdaCallback(on_train_batch_begin=change)
+
+
+@pytest.mark.parametrize("policy", ["guard", "recover"])
+def test_a_healthy_run_is_not_touched(policy):
+    plain, watched = build(), build()
+    train(plain, source())
+    data = source() if policy == "recover" else None
+    monitor = monitor_of(policy, data)
+    train(watched, source(), monitor)
+    assert_same(plain, watched)
+    assert monitor.undone == 0 and monitor.position == STEPS
+    assert not {"guard", "back_off", "rewind"} & {*kinds(monitor)}
+
+
+def test_a_bad_batch_is_left_out():
+    places = [place for place in range(STEPS + 1) if place != 120]
+    plain, watched = build(), build()
+    clean = source()
+    train(plain, grain.MapDataset.source(places).map(lambda p: clean[p]))
+    monitor = monitor_of("guard")
+    train(watched, source({120}), monitor, STEPS + 1)
+    assert_same(plain, watched)
+    assert kinds(monitor) == ["guard"]
+    assert monitor.events[0].step == 121
+    assert monitor.verdict is ks.Verdict.OK
+
+
+def test_a_burst_halts_what_is_only_guarded():
+    monitor = monitor_of("guard")
+    model = build()
+    with pytest.raises(ks.TrainingHalted, match="leaving out updates") as found:
+        train(model, source(range(120, 150)), monitor)
+    assert found.value.verdict is ks.Verdict.NONFINITE
+    assert 125 <= found.value.step <= 127
+    assert all(np.isfinite(w).all() for w in weights(model))
+
+
+@pytest.mark.parametrize("seeks", [True, False])
+def test_a_rewind_is_a_run_that_never_saw_what_was_skipped(seeks):
+    bad = source(range(120, 130))
+    model, monitor = build(), monitor_of("recover", bad if seeks else None)
+    train(model, bad, monitor)
+    (rewind,) = [e for e in monitor.events if e.detector == "rewind"]
+    back, onset = int(rewind.value), rewind.onset
+    assert onset == 121 and back == 100
+    # The onset's batch and 15 more, from the state's on.
+    left_out = range(100, 136)
+    clean = source()
+    places = [p for p in range(STEPS + 60) if p not in left_out][:STEPS]
+    plain = build()
+    train(plain, grain.MapDataset.source(places).map(lambda p: clean[p]))
+    assert_same(plain, model)
+    assert monitor.verdict is ks.Verdict.OK
+    assert monitor.position == places[-1] + 1
+    made = int(model.optimizer.iterations)
+    assert made == STEPS
+
+
+def test_a_broken_weight_is_mended():
+    data = source()
+    model, monitor = build(), monitor_of("recover", data)
+    train(model, data, monitor, callbacks=[break_weight(model, 150)])
+    assert kinds(monitor).count("rewind") == 1
+    assert all(np.isfinite(w).all() for w in weights(model))
+
+
+def test_after_three_rewinds_it_halts():
+    data = source(range(100, 2000))
+    model, monitor = build(), monitor_of("recover", data)
+    with pytest.raises(ks.TrainingHalted):
+        train(model, data, monitor)
+    assert kinds(monitor).count("rewind") == 3
+    assert all(np.isfinite(w).all() for w in weights(model))
+
+
+def test_wrong_targets_back_off_and_the_rate_comes_back():
+    def wrong(x, y):
+        return x, (y + 1) % 4
+
+    rescue = ks.Rescue(recovery=100, rest=16)
+    data = source(range(200, 215), wrong)
+    model, monitor = build(), monitor_of("guard", rescue=rescue)
+    rates = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda *_: rates.append(
+            monitor._rescuer.guard.rate
+        )
+    )
+    train(model, data, monitor, callbacks=[note])
+    assert kinds(monitor).count("back_off") == 1
+    assert min(rates) == pytest.approx(0.5, abs=0.02)
+    assert rates[:200] == [1.0] * 200 and rates[-1] > 0.8
+
+
+def test_the_ledger_is_kept_and_read_again(tmp_path):
+    bad = source(range(120, 130))
+    monitor = monitor_of("recover", bad, path=tmp_path)
+    train(build(), bad, monitor)
+    lines = (tmp_path / "skipped.jsonl").read_text().splitlines()
+    (entry,) = map(json.loads, lines)
+    assert entry == {"first": 100, "last": 135, "samples": [1600, 2176]}
+    events = ks.read_health(tmp_path).events
+    assert [e.detector for e in events].count("rewind") == 1
+    # Begun anew from the start: no batch of these is trained on.
+    again = monitor_of("recover", bad, path=tmp_path)
+    model = build()
+    train(model, bad, again)
+    assert "guard" not in kinds(again) and again.undone == 0
+    clean = source()
+    places = [p for p in range(STEPS + 60) if p not in range(100, 136)][:STEPS]
+    plain = build()
+    train(plain, grain.MapDataset.source(places).map(lambda p: clean[p]))
+    assert_same(plain, model)
+
+
+def causes(monitor):
+    return [e.detail.split(":")[0] for e in monitor.events if "autopsy" in e[2]]
+
+
+@pytest.mark.parametrize(
+    "bad, step, cause",
+    [(range(120, 130), None, "BAD_DATA"), ((), 150, "BAD_STATE")],
+)
+def test_autopsies(bad, step, cause):
+    data = source(bad)
+    model, monitor = build(), monitor_of("recover", data, autopsy=True)
+    callbacks = [break_weight(model, step)] if step else []
+    train(model, data, monitor, callbacks=callbacks)
+    (found,) = [e for e in monitor.events if e.detector == "autopsy"]
+    assert found.detail.startswith(cause)
+    # What was tried leaves no trace.
+    other, without = build(), monitor_of("recover", data)
+    callbacks = [break_weight(other, step)] if step else []
+    train(other, data, without, callbacks=callbacks)
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"policy": "guard", "every": None}, "every=None"),
+        ({"policy": "recover", "every": None}, "every=None"),
+        ({"policy": "recover", "autopsy": True}, "`data`"),
+        ({"policy": "halt", "data": [1]}, "`data`"),
+        ({"policy": "halt", "data": [1], "autopsy": True}, "policy"),
+        ({"policy": "recover", "rescue": 0.5}, "`rescue`"),
+        ({"policy": "recover", "data": iter([])}, "by their number"),
+        ({"policy": "rewind"}, "policy"),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ks.StabilityMonitor(**arguments)
