@@ -14,11 +14,11 @@ from keras_stable import memory
 from keras_stable.backend import internals
 from keras_stable.blackbox import BlackBox
 from keras_stable.budget import Budget
-from keras_stable.chronicle import FATAL
-from keras_stable.chronicle import Chronicle
 from keras_stable.choices import check_choice
 from keras_stable.choices import check_expression
 from keras_stable.choices import check_number
+from keras_stable.chronicle import FATAL
+from keras_stable.chronicle import Chronicle
 from keras_stable.diagnosis import Diagnosis
 from keras_stable.events import Event
 from keras_stable.events import TrainingHalted

@@ -15,8 +15,8 @@ from keras_stable.events import Verdict
 from keras_stable.feed import Feed
 from keras_stable.guard import Guard
 from keras_stable.rescue import WINDOW
-from keras_stable.rescue import Rungs
 from keras_stable.rescue import Rescue
+from keras_stable.rescue import Rungs
 
 LEDGER = "skipped.jsonl"
 

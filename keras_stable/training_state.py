@@ -94,9 +94,14 @@ def _settings(config):
 
 
 def _seeds():
+    default = ops.convert_to_numpy(saving.default_seed())
+    return {**host_seeds(), "keras": default.tolist()}
+
+
+def host_seeds():
+    """The seeds of Python, numpy and torch, which no device holds."""
     version, internal, gauss = random.getstate()
     twister = np.random.get_state(legacy=False)
-    default = ops.convert_to_numpy(saving.default_seed())
     return {
         "python": [version, list(internal), gauss],
         "numpy": {
@@ -106,15 +111,18 @@ def _seeds():
                 "pos": int(twister["state"]["pos"]),
             },
         },
-        "keras": default.tolist(),
         "native": saving.native_seeds(),
     }
 
 
 def set_seeds(seeds):
-    """Sets the seeds of Python, numpy, Keras and torch to a state's."""
+    """Sets the seeds of Python, numpy, Keras and torch to a state's.
+
+    Keras's own is left as it is where the state does not have it.
+    """
     version, internal, gauss = seeds["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(seeds["numpy"])
-    saving.default_seed().assign(np.array(seeds["keras"], "uint32"))
+    if "keras" in seeds:
+        saving.default_seed().assign(np.array(seeds["keras"], "uint32"))
     saving.set_native_seeds(seeds["native"])

@@ -93,6 +93,9 @@ class Watch:
         shown: dictionary of numbers that are added to each step's logs.
         measures: bool. False once a step came out without measurements: the
             model's own `train_step` passes by what is observed.
+        feed: function without arguments that returns a batch, or None. The
+            next steps train on what it returns, and pass over what `fit`
+            brings them.
     """
 
     def __init__(
@@ -105,7 +108,7 @@ class Watch:
         self.layouts, self._programs, self._store = {}, {}, {}
         self._forward = self._found = self._optimizer = None
         self.measures = True
-        self.shown = {}
+        self.shown, self.feed, self._fed = {}, None, {}
         self._pending, self._seen = collections.deque(maxlen=1000), {}
         self._model, self._undo = model, []
         chosen, scopes = taps.choose(model, include, exclude)
@@ -331,10 +334,15 @@ class Watch:
         return model.train_function
 
     def _run(self, *args):
-        if self._guarded is not None:
-            args = self._guarded.give(args)
         self._pending.append([])
         try:
+            if self.feed is not None:
+                steps = self._model.steps_per_execution
+                args = backend.replace_batches(
+                    args, self.feed, steps, self._fed
+                )
+            if self._guarded is not None:
+                args = self._guarded.give(args)
             result = self._programs[self.full](*args)
         except StopIteration:
             # The data ended.

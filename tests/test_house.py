@@ -53,7 +53,7 @@ FLOORS = [
     {"attention", "training_state", "reported", "memory", "outcomes"},
     {
         *{"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
-        *{"workers", "sweeps", "standings"},
+        *{"workers", "sweeps", "standings", "backups", "feed"},
     },
     {"backbone", "selftest", "planning", "sweep_tables", "report"},
     {"checkpoints", "generation", "preprocessing", "supervisor"},

@@ -25,6 +25,7 @@ FUNCTIONS = [
     "distribute",
     "each_step",
     "export_options",
+    "finish_copies",
     "finish_read",
     "flash_attention",
     "fused",
@@ -53,11 +54,13 @@ FUNCTIONS = [
     "reachable",
     "reduce_rows",
     "region",
+    "replace_batches",
     "replicas",
     "scan",
     "send_logs",
     "shapes_of",
     "square_sums",
+    "start_copies",
     "start_read",
     "to_device",
     "undistribute",
@@ -65,6 +68,13 @@ FUNCTIONS = [
     "with_gradient",
     "without_weights",
 ]
+
+
+def standardized(batch):
+    """A batch as Keras hands it on: a dictionary, or `(x, y, weights)`."""
+    if isinstance(batch, (list, tuple)):
+        return tuple(batch)
+    return batch if isinstance(batch, dict) else (batch,)
 
 
 def check_shares(batch_size, count, what="devices"):
@@ -231,6 +241,15 @@ def batches_seen(optimizer):
     """How many batches an optimizer has had: 0 before it is built."""
     count = getattr(unwrapped(optimizer)[0], "_iterations", None)
     return 0 if count is None else int(ops.convert_to_numpy(count))
+
+
+def forget_counts(optimizer):
+    """Lets counts that are kept beside an optimizer's variables be made anew.
+
+    For a time when these were assigned.
+    """
+    for inner in unwrapped(optimizer):
+        vars(inner).pop("_counted", None)
 
 
 def warmup_steps(optimizer):

@@ -51,11 +51,15 @@ def checkpointer(patience=PATIENCE):
     )
 
 
-def variables_of(model):
+def variables_of(model, metrics=False):
     """All variables of a model and its optimizer by a unique name.
 
     In step with training: on jax, `fit` keeps their values to itself. Names
     do not have the numbers that Keras gives to the second in a process.
+
+    Args:
+        model: built and compiled.
+        metrics: bool. Whether those of its metrics are among them.
     """
     with contextlib.suppress(AttributeError):
         model.jax_state_sync()
@@ -63,11 +67,14 @@ def variables_of(model):
     if not optimizer.built:
         optimizer.build(model.trainable_variables)
     found = {}
-    for kind, owner in (("model", model), ("optimizer", optimizer)):
-        for variable in owner.variables:
+    owned = {"model": model.variables, "optimizer": optimizer.variables}
+    if metrics:
+        owned["metrics"] = model.metrics_variables
+    for kind, variables in owned.items():
+        for variable in variables:
             if 0 not in variable.shape:  # There is nothing to save.
                 path = SEED.sub("seed_generator", variable.path)
-                if owner is optimizer:
+                if kind == "optimizer":
                     path = path.partition("/")[2]
                 name = f"{kind}/{path}"
                 while name in found:

@@ -17,6 +17,11 @@ from keras_stable.backend.jax_only import losses_of_many as losses_of_many
 from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
+from keras_stable.backend.tensorflow_feeds import finish_copies as finish_copies
+from keras_stable.backend.tensorflow_feeds import (
+    replace_batches as replace_batches,
+)
+from keras_stable.backend.tensorflow_feeds import start_copies as start_copies
 from keras_stable.backend.tensorflow_guard import apply_unless
 from keras_stable.backend.tensorflow_guard import give_numbers as give_numbers
 from keras_stable.backend.tensorflow_guard import guarded as guarded

@@ -38,8 +38,13 @@ from keras_stable.backend.torch_programs import can_compile
 from keras_stable.backend.torch_programs import fused as fused
 from keras_stable.backend.torch_programs import queueing as queueing
 from keras_stable.backend.torch_programs import region as region
+from keras_stable.backend.torch_transfers import finish_copies as finish_copies
 from keras_stable.backend.torch_transfers import finish_read as finish_read
+from keras_stable.backend.torch_transfers import (
+    replace_batches as replace_batches,
+)
 from keras_stable.backend.torch_transfers import send_logs as send_logs
+from keras_stable.backend.torch_transfers import start_copies as start_copies
 from keras_stable.backend.torch_transfers import start_read as start_read
 from keras_stable.backend.torch_transfers import to_device as to_device
 

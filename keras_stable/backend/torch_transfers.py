@@ -1,9 +1,23 @@
 """Copies between the host and the device that nothing waits for."""
 
+import keras
+import ml_dtypes
 import numpy as np
 import torch
+from keras.src.backend.torch.core import convert_to_tensor
 from keras.src.backend.torch.core import get_device
 from torch.utils._pytree import tree_map
+
+from keras_stable.backend.internals import standardized
+
+# Bytes of pinned memory through which a state leaves the device.
+STAGE = 32 * 2**20
+# dtypes that numpy has not, and those of as many bits that both have.
+_OTHERS = {
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: (torch.uint8, ml_dtypes.float8_e4m3fn),
+    torch.float8_e5m2: (torch.uint8, ml_dtypes.float8_e5m2),
+}
 
 
 def to_device(batch):
@@ -69,3 +83,84 @@ def send_logs(logs):
     handle = start_read(torch.stack(values))
     arriving = [_Arriving(handle, i) for i in range(len(scalars))]
     return {**logs, **dict(zip(scalars, arriving))}
+
+
+def start_copies(variables):
+    """Begins to copy variables' values to the host, and returns at once.
+
+    What the values become afterwards, in place or not, is not seen.
+    """
+    contiguous = {"memory_format": torch.contiguous_format}
+    copies = [v.value.detach().clone(**contiguous) for v in variables]
+    device = next((x.device for x in copies if x.is_cuda), None)
+    if device is None:
+        return copies, None
+    stream = torch.cuda.Stream(device)
+    # Behind the clones, and before the next step.
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return copies, stream
+
+
+def finish_copies(handle):
+    """The values as numpy arrays, waiting for the device if need be.
+
+    To be called once; may be called by another thread.
+    """
+    copies, stream = handle
+    stage, arrays = None, []
+    # A thread begins on the first device, and on its default stream.
+    with torch.cuda.stream(stream):
+        for i, copy in enumerate(copies):
+            # Each device tensor goes as soon as it is here.
+            copies[i] = None
+            same, dtype = _OTHERS.get(copy.dtype, (None, None))
+            copy = copy.view(same) if same else copy
+            if copy.is_cuda:
+                if stage is None:
+                    pinned = {"dtype": torch.uint8, "pin_memory": True}
+                    stage = torch.empty(STAGE, **pinned)
+                copy = _through(stage, copy, stream)
+            array = copy.numpy()
+            arrays.append(array.view(dtype) if dtype else array)
+    return arrays
+
+
+def _through(stage, copy, stream):
+    """A tensor of the device in ordinary memory, through pinned memory.
+
+    Straight into ordinary memory, a copy would hold up the kernels that the
+    training launches; to pin a whole state would take longer than a step.
+    """
+    host = torch.empty(copy.shape, dtype=copy.dtype)
+    whole, parts = host.reshape(-1), copy.reshape(-1)
+    stage = stage.view(copy.dtype)
+    for begin in range(0, parts.numel(), stage.numel()):
+        part = parts[begin : begin + stage.numel()]
+        here = stage[: part.numel()]
+        here.copy_(part, non_blocking=True)
+        stream.synchronize()
+        whole[begin : begin + part.numel()].copy_(here)
+    return host
+
+
+def replace_batches(args, take, steps, store):
+    """Arguments of a train function that train on other batches.
+
+    Args:
+        args: tuple, what the train function was called with.
+        take: function without arguments, returns the next batch.
+        steps: int. How many batches an execution takes: one.
+        store: dictionary that is kept from call to call.
+    """
+
+    def convert(x):
+        if x is None or isinstance(x, torch.Tensor):
+            return x
+        if isinstance(x, np.ndarray) and not x.flags.writeable:
+            x = x.copy()  # torch would warn.
+        return convert_to_tensor(x)
+
+    # On the CPU first: a plain copy to the device would wait for it.
+    with keras.device("cpu"):
+        batch = keras.tree.map_structure(convert, standardized(take()))
+    return ([to_device(batch)],)
