@@ -112,8 +112,8 @@ def examine(rescuer, telemetry, onset):
         rescuer.backups.restore(now)
         guard.loss, guard.gradient_norm, guard.rate, telemetry.feed = before
     detail = (
-        f"loss of batch {place} at step {step}: {seen[step].found[0]:.4g}; again "
-        f"{tried[0][0]:.4g} and {tried[1][0]:.4g}; of the next batch "
+        f"loss of batch {place} at step {step}: {seen[step].found[0]:.4g}; "
+        f"again {tried[0][0]:.4g} and {tried[1][0]:.4g}; of the next batch "
         f"{after[0]:.4g}; on the state after step {backup.step} "
         f"{older[0]:.4g}"
     )

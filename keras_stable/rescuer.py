@@ -222,7 +222,8 @@ class Rescuer:
         if self.feed is None:
             self._dropping = end = max(end, self.place)
         else:
-            self._record(self.feed.skip(first, end - 1))
+            self.feed.skip(first, end - 1)
+            self._record(self.feed.ledger[-1])
             self.feed.seek(end)
             self.place = end
         self.backups.restore(backup)

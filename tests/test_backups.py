@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from fresh import run
 from keras import ops
 
 import keras_stable as ks
