@@ -11,10 +11,10 @@ from jax.experimental import mesh_utils
 from keras_stable.backend.internals import FUNCTIONS
 from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
-from keras_stable.backend.jax_guard import give_numbers as give_numbers
-from keras_stable.backend.jax_guard import guarded as guarded
 from keras_stable.backend.jax_gradients import operation as operation
 from keras_stable.backend.jax_gradients import with_gradient as with_gradient
+from keras_stable.backend.jax_guard import give_numbers as give_numbers
+from keras_stable.backend.jax_guard import guarded as guarded
 from keras_stable.backend.jax_kernels import (
     attention_kernel as attention_kernel,
 )
