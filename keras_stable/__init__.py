@@ -28,6 +28,7 @@ from keras_stable.mlp import MLP as MLP
 from keras_stable.block import TransformerBlock as TransformerBlock
 
 # Telemetry of any Keras model.
+from keras_stable.guard import Guard as Guard
 from keras_stable.watch import Watch as Watch
 from keras_stable.watch import watch as watch
 

@@ -29,6 +29,8 @@ class Guard:
     long as it updates in one pass: float32 weights, without `amsgrad`,
     `clipnorm`, `clipvalue`, `use_ema` and gradient accumulation, and without
     constraints of weights. Otherwise each step waits for the device once.
+    There, `Dropout` without a seed draws from torch's own random numbers,
+    which go on in a step that is left out.
 
     Args:
         loss: float, the largest loss that counts. Defaults to infinity, no
@@ -51,9 +53,7 @@ class Guard:
     1.0
     """
 
-    def __init__(
-        self, loss=float("inf"), gradient_norm=float("inf"), rate=1.0
-    ):
+    def __init__(self, loss=float("inf"), gradient_norm=float("inf"), rate=1.0):
         self.loss, self.gradient_norm, self.rate = loss, gradient_norm, rate
 
     def numbers(self):

@@ -165,9 +165,7 @@ def _left_out(found, left_out):
     changes, stale = found["changes"], found.get("staleness")
     found = {**found, "changes": ops.where(left_out, 0.0, changes)}
     if stale is not None:
-        found["weights"] = ops.where(
-            left_out, found["kept"], found["weights"]
-        )
+        found["weights"] = ops.where(left_out, found["kept"], found["weights"])
         found["staleness"] = ops.where(left_out, float("nan"), stale)
     return found
 

@@ -76,9 +76,7 @@ def watch(model, include=None, exclude=None, inputs=False, guard=None):
     before = _watched.get(id(model))
     if before is not None:
         before.remove()
-    _watched[id(model)] = new = Watch(
-        model, include, exclude, inputs, guard
-    )
+    _watched[id(model)] = new = Watch(model, include, exclude, inputs, guard)
     return new
 
 

@@ -355,7 +355,9 @@ def main(arguments=None):
         print("\n".join(f"{name}.{policy}" for name, policy in wanted))
         return
     todo = [
-        (n, p) for n, p in wanted if not Path(args.out, f"{n}.{p}.json").exists()
+        run
+        for run in wanted
+        if not Path(args.out, f"{'.'.join(run)}.json").exists()
     ]
     end, active = time.time() + 60 * args.minutes, {}
     while active or (todo and time.time() < end):

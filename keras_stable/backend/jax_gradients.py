@@ -60,4 +60,3 @@ def operation(name, forward, backward):
 
     run.defvjp(keep, pull)
     return run
-

@@ -5,6 +5,8 @@ import keras
 import numpy as np
 from jax import numpy as jnp
 
+from keras_stable.backend.jax_mesh import platform
+
 
 def give_numbers(args, numbers, store):
     """The arguments of a train function, with numbers for its next step.
@@ -35,10 +37,17 @@ def guarded(model, train_step, guard):
         left_out = guard.end()
         if left_out is None:
             return logs, new
-        parts = [
-            [jnp.where(left_out, a, b) for a, b in zip(before, after)]
-            for before, after in zip(state[:3], new[:3])
-        ]
-        return logs, (*parts, new[3])
+        return logs, (*_choose(left_out, state[:3], new[:3]), new[3])
 
     return step
+
+
+def _choose(left_out, before, after):
+    """The state before the step or that after it."""
+    if platform() == "cpu":
+        # A choice that is fused with the update would change its last bits.
+        return jax.lax.cond(
+            left_out, lambda a, b: a, lambda a, b: b, before, after
+        )
+    # Fused with the update: no memory for a second state.
+    return jax.tree.map(lambda a, b: jnp.where(left_out, a, b), before, after)

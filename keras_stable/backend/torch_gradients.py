@@ -98,4 +98,3 @@ def operation(name, forward, backward):
         return run_op(tensors, json.dumps(settings))
 
     return call
-

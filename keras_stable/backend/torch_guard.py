@@ -20,8 +20,12 @@ def guarded(model, train_step, guard):
         variables = internals.moving_variables(model)
         variables = [*variables, *model.metrics_variables]
         guard.begin(guard.store["numbers"], _copies(variables))
+        random = torch.get_rng_state()
         logs = train_step(data)
-        guard.end()
+        left_out = guard.end()
+        if left_out is not None and waits(left_out) and left_out:
+            # Keras's dropout without a seed draws from torch's own numbers.
+            torch.set_rng_state(random)
         return logs
 
     return step
