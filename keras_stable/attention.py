@@ -309,15 +309,8 @@ class CausalSelfAttention(keras.layers.Layer):
         """The variant's entropy penalty as a function of logits, or None."""
         if (entropy := self.variant.softmax.entropy) is None:
             return None
-        return lambda z, mask: (
-            entropy.weight
-            * entropy_penalty(
-                z,
-                mask,
-                entropy,
-                theta=self.entropy_theta,
-                segment_ids=segment_ids,
-            )
+        return lambda z, mask: entropy.weight * entropy_penalty(
+            z, mask, entropy, theta=self.entropy_theta, segment_ids=segment_ids
         )
 
     def get_config(self):

@@ -273,7 +273,9 @@ class Softmax:
         check_number(self.temperature, "`temperature`", low=0)
         if self.cap is not None:
             check_number(self.cap, "`cap`", low=0)
-        check_choice(self.logits_dtype, ("float32", "bfloat16"), "logits dtype")
+        check_choice(
+            self.logits_dtype, ("float32", "bfloat16"), "logits dtype"
+        )
         if not isinstance(self.clip, (Clip, type(None))):
             raise TypeError(
                 "`clip` must be a `Clip` or None, e.g. Clip(zeta=1.03, "

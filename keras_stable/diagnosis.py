@@ -103,7 +103,11 @@ class Diagnosis:
             return self.judge.update(step, {})
         skipped = bool(scalars.get("skipped"))
         self.skips = self.skips + 1 if skipped else 0
-        values = {name: scalars[name] for name in JUDGED if name in scalars}
+        values = {
+            name: scalars[name]
+            for name in JUDGED
+            if name in scalars
+        }
         hopeless = self.skips >= MOST_SKIPS
         events = self.judge.update(step, values, skipped and not hopeless)
         events = [_placed(event, scalars) for event in events]

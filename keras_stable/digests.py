@@ -87,7 +87,9 @@ def find_runs(paths):
             raise FileNotFoundError(
                 f"{path} {what}. Give directories of runs, or of sweeps."
             )
-    found = directories_with(paths, "run.json", "health.jsonl", "failure.json")
+    found = directories_with(
+        paths, "run.json", "health.jsonl", "failure.json"
+    )
     if not found:
         raise FileNotFoundError(
             f"There is no run in {', '.join(map(str, paths))}: a run directory "

@@ -171,7 +171,9 @@ def read_health(path, tables=True):
             torn = not line.endswith(b"\n") or line.startswith(b"{")
             if torn or not line.strip():
                 continue
-            raise ValueError(f"{where} is no record: {line[:200]!r}") from error
+            raise ValueError(
+                f"{where} is no record: {line[:200]!r}"
+            ) from error
         try:
             record = from_json(record)
             kind = record.pop("kind")

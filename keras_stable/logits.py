@@ -205,7 +205,9 @@ def of_rows(
     return _summary(raw, entropy_BNT, keys, cap), "exact"
 
 
-def of_queries(q_BTNH, k_BTKH, scale, segment_ids=None, sliding_window=None):
+def of_queries(
+    q_BTNH, k_BTKH, scale, segment_ids=None, sliding_window=None
+):
     """The largest logit of the queries that are looked at in every step.
 
     As `of_kernel`, without a mask of all pairs.

@@ -265,7 +265,9 @@ def escaping(function, found=None):
         return None
 
     def inner(*args, **kwargs):
-        inside = Recorder(outer.full, outer.inputs, outer.scope, outer.regions)
+        inside = Recorder(
+            outer.full, outer.inputs, outer.scope, outer.regions
+        )
         with recording(inside):
             result = function(*args, **kwargs)
         kept = (inside.tensors, inside.heads)

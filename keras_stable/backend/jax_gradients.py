@@ -60,3 +60,4 @@ def operation(name, forward, backward):
 
     run.defvjp(keep, pull)
     return run
+

@@ -98,3 +98,4 @@ def operation(name, forward, backward):
         return run_op(tensors, json.dumps(settings))
 
     return call
+
