@@ -3,10 +3,10 @@
 The rungs, each for what the one before could not hold:
 
 1. *Guard.* Single bad updates are left out, inside the compiled step.
-2. *Back-off.* Too many of them, but of finite numbers: the learning rate is
-   halved, and comes back.
-3. *Rewind.* The run is lost, see `Verdict`: back to a good state, past the
-   batches in between.
+2. *Rewind*, of `"recover"` alone. Too many of them, or the run is lost, see
+   `Verdict`: back to a good state, past the batches in between.
+3. *Back-off.* Too many, but of finite numbers, and a rewind was not long ago
+   or is not to be had: the learning rate is halved, and comes back.
 4. *Halt.*
 """
 
@@ -128,8 +128,8 @@ class Rungs(Detector):
         *("factor", "since", "begun", "back_offs", "rewinds"),
     )
 
-    def __init__(self, rescue):
-        self.rescue = rescue
+    def __init__(self, rescue, recovers=False):
+        self.rescue, self.recovers = rescue, recovers
         self.row, self.onset, self.guarded, self.unwell = 0, None, [], 0
         self.resting = 0  # Until which step there are no limits.
         # Of the learning rate: at step `since`; and where a warm-up begun.
@@ -195,7 +195,12 @@ class Rungs(Detector):
         if self.row < self.rescue.in_a_row and not many:
             return events, False
         count, self.guarded = len(self.guarded), []
-        if not finite or not self._may(self.back_offs, step):
+        goes_back = (
+            self.recovers
+            and self.may_rewind(step)
+            and not any(s > first for s, _ in self.rewinds)
+        )
+        if not finite or goes_back or not self._may(self.back_offs, step):
             return events, True
         self.back_offs.append(step)
         self.lower(step)

@@ -48,7 +48,7 @@ class Rescuer:
 
     def __init__(self, rescue, recovers, data, autopsy):
         self.rescue, self.recovers, self.autopsy = rescue, recovers, autopsy
-        self.guard, self.rungs = Guard(), Rungs(rescue)
+        self.guard, self.rungs = Guard(), Rungs(rescue, recovers)
         self.feed = None if data is None else Feed(data)
         self.backups = None
         self.place = 0 if self.feed is None else self.feed.position

@@ -89,6 +89,18 @@ def test_five_in_a_row_back_off_and_the_rate_comes_back():
     assert rungs.limits(505 + rescue.rest, trained())[0] < math.inf
 
 
+def test_where_it_can_a_run_goes_back_first():
+    rungs, found = Rungs(Rescue(), recovers=True), []
+    for step in range(500, 520):
+        events, lost = rungs.update(step, BAD, True)
+        found += [e.detector for e in events if e.detector != "guard"]
+        if lost:
+            rungs.rewind(step, step - 100)
+            found.append("rewind")
+    # The second time, soon after, something else is tried.
+    assert found == ["rewind", "back_off", "back_off", "back_off"]
+
+
 def test_one_in_a_hundred_backs_off():
     rungs, found = Rungs(Rescue()), []
     for step in range(1, 2001):
