@@ -324,7 +324,8 @@ def _write(backup, arrays):
 def _read(path, headers=False):
     """What a file says, and its arrays, if it is one of ours and sound."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves one open that is no archive.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             if meta["format"] != FORMAT:
                 raise ValueError(f"its format is {meta['format']!r}")
@@ -386,4 +387,3 @@ def _check(arrays, variables, where):
             f"{theirs.get(name)} there and {ours.get(name)} here, and "
             f"{len(names) - 1} more."
         )
-

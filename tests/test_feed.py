@@ -56,9 +56,7 @@ def test_places_after_are_those_of_next(seed):
     inside = [(e["first"], e["last"]) for e in feed.ledger]
     feed.seek(0)
     found = places(feed, 30)
-    expected = [
-        p for p in range(99) if not any(a <= p <= b for a, b in inside)
-    ]
+    expected = [p for p in range(99) if not any(a <= p <= b for a, b in inside)]
     assert found == expected[:30]
 
 
@@ -230,9 +228,7 @@ def test_batches_of_lists_and_other_numbers_of_rows():
 def test_weights_of_samples():
     def weighted(seed):
         rng = np.random.default_rng(seed)
-        return Batches(
-            [(*b, rng.uniform(size=4)) for b in pairs(4, seed=seed)]
-        )
+        return Batches([(*b, rng.uniform(size=4)) for b in pairs(4, seed=seed)])
 
     pair(tiny, weighted(0), weighted(1))
 
