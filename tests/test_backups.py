@@ -88,31 +88,30 @@ class At(keras.callbacks.Callback):
             action()
 
 
-def and_back(model, data, steps=9):
-    """`fit` that takes a copy at 3, goes back at 6, and is there anew at 9.
+def and_back(model, data, taken=3, back=6):
+    """`fit` that takes a copy at a step, and goes back to it at a later one.
 
-    Returns what it was the first time, and the second.
+    Returns what it was then, and when it was there anew.
     """
     backups, feed = Backups(model), Feed(data)
     first, second = [], []
+
+    def go_back():
+        first.extend(values(model))
+        backup = backups.newest(certified=False)
+        assert backup.place == taken
+        backups.restore(backup)
+        feed.seek(backup.place)
+
+    actions = {
+        f"at_{taken}": lambda: backups.take(taken, feed.position),
+        f"at_{back}": go_back,
+        f"at_{2 * back - taken}": lambda: second.extend(values(model)),
+    }
     with watch(model) as observed:
         observed.full = False
         observed.feed = lambda: feed.next()[1]
-
-        def back():
-            first.extend(values(model))
-            backup = backups.newest(certified=False)
-            assert backup.place == 3
-            backups.restore(backup)
-            feed.seek(backup.place)
-
-        at = At(
-            at_3=lambda: backups.take(3, feed.position),
-            at_6=back,
-            at_9=lambda: second.extend(values(model)),
-        )
-        model.fit(data, callbacks=[at], verbose=0)
-    assert feed.position == 7
+        model.fit(data, callbacks=[At(**actions)], verbose=0)
     return first, second
 
 
@@ -128,6 +127,14 @@ MODELS = {
 def test_it_trains_on_as_it_did(name):
     model = MODELS[name]()
     first, second = and_back(model, Batches(pairs(10)))
+    same(second, first)
+
+
+@pytest.mark.parametrize("taken", [1, 2])
+@pytest.mark.parametrize("back", [4, 5])
+def test_in_the_midst_of_accumulated_batches(taken, back):
+    model = MODELS["accumulation"]()
+    first, second = and_back(model, Batches(pairs(10)), taken, back)
     same(second, first)
 
 

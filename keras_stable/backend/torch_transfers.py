@@ -1,5 +1,7 @@
 """Copies between the host and the device that nothing waits for."""
 
+import contextlib
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -109,7 +111,8 @@ def finish_copies(handle):
     copies, stream = handle
     stage, arrays = None, []
     # A thread begins on the first device, and on its default stream.
-    with torch.cuda.stream(stream):
+    on = torch.cuda.stream(stream) if stream else contextlib.nullcontext()
+    with on:
         for i, copy in enumerate(copies):
             # Each device tensor goes as soon as it is here.
             copies[i] = None
