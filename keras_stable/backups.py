@@ -146,7 +146,12 @@ class Backups:
         self._keep(kept)
         variables = self._variables()
         seeds = training_state.host_seeds()
-        copies = backend.start_copies(list(variables.values()))
+        try:
+            copies = backend.start_copies(list(variables.values()))
+        except Exception as error:
+            # Most likely of memory: the training is worth more.
+            print(f"\nBackups: {_none(step, error)}", flush=True)
+            return
         backup = Backup(step, place, extra, certified, seeds=seeds)
         self._keep([*self._all, backup])
         if self.directory is not None:
@@ -271,9 +276,13 @@ def _finish(backup, names, copies):
         else:
             _write(backup, arrays)
     except Exception as error:
-        # Of whatever cause: the training is worth more.
-        line = str(error).strip().partition("\n")[0]
-        backup.fault = f"none of step {backup.step}: {line}"
+        # Of whatever cause, as a full disk.
+        backup.fault = _none(backup.step, error)
+
+
+def _none(step, error):
+    line = str(error).strip().partition("\n")[0]
+    return f"none of step {step}: {line or type(error).__name__}"
 
 
 def _broken(name, array):

@@ -9,6 +9,7 @@ from fresh import run
 from keras import ops
 
 import keras_stable as ks
+from keras_stable import backend
 from keras_stable.backend import saving
 from keras_stable.backups import Backups
 from keras_stable.feed import Feed
@@ -467,3 +468,16 @@ def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch, capsys):
     assert backups.newest().step == 1
     assert "No space left" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["00000001.good.npz"]
+
+
+def test_no_memory_does_not_end_training(monkeypatch, capsys):
+    backups = Backups(tiny())
+    backups.take(1, 1, certified=True)
+
+    def full(variables):
+        raise MemoryError
+
+    monkeypatch.setattr(backend, "start_copies", full)
+    backups.take(2, 2, certified=True)
+    assert backups.newest().step == 1
+    assert "none of step 2: MemoryError" in capsys.readouterr().out

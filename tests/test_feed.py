@@ -252,6 +252,24 @@ def test_several_steps_in_one_execution(count):
     assert feed.position == len(losses) == 2 * count
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="jax has meshes")
+def test_four_devices():
+    import jax
+
+    ks.set_distribution("fsdp+tensor", 4, 2, jax.devices()[:4])
+    data = ks.TokenBatches(TOKENS, 4, 8, vocabulary_size=32)
+    other = ks.TokenBatches(TOKENS, 4, 8, seed=1, vocabulary_size=32)
+    pair(language_model, data.repeat()[:5], other.repeat()[:5])
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras refuses these")
+def test_parts_of_a_batch_that_are_none():
+    def without(seed):
+        return Batches([(*b, None) for b in pairs(3, seed=seed)])
+
+    pair(tiny, without(0), without(1))
+
+
 def test_train_on_batch():
     found = []
     for replaced in (True, False):
