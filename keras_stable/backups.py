@@ -146,7 +146,12 @@ class Backups:
         self._keep(kept)
         variables = self._variables()
         seeds = training_state.host_seeds()
-        copies = backend.start_copies(list(variables.values()))
+        try:
+            copies = backend.start_copies(list(variables.values()))
+        except Exception as error:
+            # Most likely of memory: the training is worth more.
+            print(f"\nBackups: {_none(step, error)}", flush=True)
+            return
         backup = Backup(step, place, extra, certified, seeds=seeds)
         self._keep([*self._all, backup])
         if self.directory is not None:
@@ -283,9 +288,13 @@ def _finish(backup, names, copies):
         else:
             _write(backup, arrays)
     except Exception as error:
-        # Of whatever cause: the training is worth more.
-        line = str(error).strip().partition("\n")[0]
-        backup.fault = f"none of step {backup.step}: {line}"
+        # Of whatever cause, as a full disk.
+        backup.fault = _none(backup.step, error)
+
+
+def _none(step, error):
+    line = str(error).strip().partition("\n")[0]
+    return f"none of step {step}: {line or type(error).__name__}"
 
 
 def _broken(name, array):
@@ -336,7 +345,8 @@ def _write(backup, arrays):
 def _read(path, headers=False):
     """What a file says, and its arrays, if it is one of ours and sound."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: numpy leaves one open that is no archive.
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             meta = json.loads(file["meta"].tobytes())
             if meta["format"] != FORMAT:
                 raise ValueError(f"its format is {meta['format']!r}")
@@ -398,4 +408,3 @@ def _check(arrays, variables, where):
             f"{theirs.get(name)} there and {ours.get(name)} here, and "
             f"{len(names) - 1} more."
         )
-

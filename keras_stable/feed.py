@@ -22,7 +22,8 @@ class Feed:
     A place is a batch's number, from 0, counted from the first pass over the
     data on: batch `place % len(data)` where data has an end. `TokenBatches`
     and `MixedBatches` count on themselves, whatever their `first_step` is,
-    and so do Grain's own datasets, which may shuffle each pass anew.
+    and so do Grain's own datasets, which may shuffle each pass anew. (`fit`
+    shuffles a `PyDataset`'s batches by default: here they are in order.)
 
     Places that are skipped are passed over from then on:
 

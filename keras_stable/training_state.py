@@ -94,8 +94,10 @@ def _settings(config):
 
 
 def _seeds():
+    # First: to make Keras's seed may draw one of Python's.
+    host = host_seeds()
     default = ops.convert_to_numpy(saving.default_seed())
-    return {**host_seeds(), "keras": default.tolist()}
+    return {**host, "keras": default.tolist()}
 
 
 def host_seeds():

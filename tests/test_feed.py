@@ -56,9 +56,7 @@ def test_places_after_are_those_of_next(seed):
     inside = [(e["first"], e["last"]) for e in feed.ledger]
     feed.seek(0)
     found = places(feed, 30)
-    expected = [
-        p for p in range(99) if not any(a <= p <= b for a, b in inside)
-    ]
+    expected = [p for p in range(99) if not any(a <= p <= b for a, b in inside)]
     assert found == expected[:30]
 
 
@@ -230,9 +228,7 @@ def test_batches_of_lists_and_other_numbers_of_rows():
 def test_weights_of_samples():
     def weighted(seed):
         rng = np.random.default_rng(seed)
-        return Batches(
-            [(*b, rng.uniform(size=4)) for b in pairs(4, seed=seed)]
-        )
+        return Batches([(*b, rng.uniform(size=4)) for b in pairs(4, seed=seed)])
 
     pair(tiny, weighted(0), weighted(1))
 
@@ -254,6 +250,24 @@ def test_several_steps_in_one_execution(count):
     ours = Batches(pairs(count, seed=1))
     feed, losses = pair(make, Batches(pairs(count)), ours, epochs=2)
     assert feed.position == len(losses) == 2 * count
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="jax has meshes")
+def test_four_devices():
+    import jax
+
+    ks.set_distribution("fsdp+tensor", 4, 2, jax.devices()[:4])
+    data = ks.TokenBatches(TOKENS, 4, 8, vocabulary_size=32)
+    other = ks.TokenBatches(TOKENS, 4, 8, seed=1, vocabulary_size=32)
+    pair(language_model, data.repeat()[:5], other.repeat()[:5])
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="Keras refuses these")
+def test_parts_of_a_batch_that_are_none():
+    def without(seed):
+        return Batches([(*b, None) for b in pairs(3, seed=seed)])
+
+    pair(tiny, without(0), without(1))
 
 
 def test_train_on_batch():

@@ -1,5 +1,7 @@
 """Copies between the host and the device that nothing waits for."""
 
+import contextlib
+
 import keras
 import ml_dtypes
 import numpy as np
@@ -109,7 +111,8 @@ def finish_copies(handle):
     copies, stream = handle
     stage, arrays = None, []
     # A thread begins on the first device, and on its default stream.
-    with torch.cuda.stream(stream):
+    cuda = stream is not None
+    with torch.cuda.stream(stream) if cuda else contextlib.nullcontext():
         for i, copy in enumerate(copies):
             # Each device tensor goes as soon as it is here.
             copies[i] = None
@@ -131,7 +134,7 @@ def _through(stage, copy, stream):
     Straight into ordinary memory, a copy would hold up the kernels that the
     training launches; to pin a whole state would take longer than a step.
     """
-    host = torch.empty(copy.shape, dtype=copy.dtype)
+    host = torch.empty(copy.shape, dtype=copy.dtype, device="cpu")
     whole, parts = host.reshape(-1), copy.reshape(-1)
     stage = stage.view(copy.dtype)
     for begin in range(0, parts.numel(), stage.numel()):
