@@ -176,20 +176,24 @@ class Backups:
     def certify(self, up_to):
         """Says that the copies up to a step are good, but for broken ones.
 
-        Of those that are waiting a copy may still be at work: it is not
-        waited for unless it is one of them.
+        A later copy, which may be at work, is not waited for.
+
+        Returns:
+            How many it was: not those with a number that is not finite, or
+            whose file could not be written.
         """
         waiting = [b for b in _waiting(self._all) if b.step <= up_to]
         if not waiting:
-            return
-        for backup in waiting:
-            if backup in self._settled():
-                backup.certified = True
-                if backup.path is not None:
-                    path = self.directory / _name(backup)
-                    os.replace(backup.path, path)
-                    backup.path = path
+            return 0
+        found = [b for b in waiting if b in self._settled()]
+        for backup in found:
+            backup.certified = True
+            if backup.path is not None:
+                path = self.directory / _name(backup)
+                os.replace(backup.path, path)
+                backup.path = path
         self._keep(self._all)
+        return len(found)
 
     def oldest(self):
         """The oldest certified copy, or None."""
