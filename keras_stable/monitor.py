@@ -198,7 +198,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._release = internals.replace(model, AT_WORK, self)
         self._size = getattr(model, "steps_per_execution", 1)
         self._places, self._layout = collections.deque(), None
-        self._begun = None
+        self._begun = self._lost = None
         with self._ending_on_error():
             if self.path is not None and backend.is_writer():
                 self._chronicle.open(self.path)

@@ -66,8 +66,6 @@ FAULTS = {
 }
 MODELS = {
     "lm": {},
-    "lm-qk": {"variant": "qk_norm"},
-    "lm-adam": {"optimizer": "Adam", "learning_rate": 2e-3},
     "gpt2": {"kind": "gpt2", "optimizer": "AdamW", "learning_rate": 1e-3},
     "lstm": {"kind": "lstm", "optimizer": "Adam"},
     "conv": {"kind": "conv", "optimizer": "Adam", "learning_rate": 1e-3},

@@ -676,7 +676,7 @@ def test_gradient_accumulation(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"policy": "recover"}, "policy"),
+        ({"policy": "rewind"}, "policy"),
         ({"policy": None}, "policy"),
         *(
             ({"every": every}, "`every` must be a positive integer")
