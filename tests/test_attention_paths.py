@@ -138,7 +138,8 @@ def test_gpu_kernels_are_for_what_cudnn_has_not(monkeypatch):
     assert found(dtype="float16", cap=50.0) == found(256, cap=50.0) == name
     assert found() is None
     assert found(dtype="float32", cap=50.0) is None
-    assert found(head_dim=80, cap=50.0) is None
+    assert found(head_dim=80, cap=50.0) == name
+    assert found(head_dim=257, cap=50.0) is None
 
 
 def test_the_recipe_that_times_them(capsys, monkeypatch):
