@@ -74,13 +74,14 @@ def attend_fused(
     ```
 
     The gradient is that of this formula, and one run's bits are another's.
-    The tanh errs by at most 1e-6, logits so by 1e-6 times the cap. A logit of
-    1e4 is rounded by up to 5e-4, as float32 has it, and so is the normaliser in
-    the gradient: p, relatively, by 1e-3, less than 16 bits round. (To keep the
-    largest logit and the total apart helps only if logits are never rounded
-    before the largest is subtracted, one more instruction a pair.) Products
+    The tanh errs by at most 1e-6, logits so by 1e-6 times the cap. Products
     of float32 inputs have the precision that
     `jax.config.jax_default_matmul_precision` names, as elsewhere in JAX.
+
+    A logit of 1e4 is rounded by up to 5e-4, as float32 has it, and so is the
+    normaliser that the gradient is of: p by 1e-3 of itself, about what 16 bits
+    round. With the largest logit and the total kept apart it was the same, for
+    the logit's own rounding is left.
 
     Under a distribution each device computes its sequences (mesh axis
     `"batch"`) and heads (`"model"`), where the axis divides them.
