@@ -40,8 +40,11 @@ import numpy as np
 
 BACKENDS = ("jax", "torch", "tensorflow")
 PEERS = (
-    *(f"hand/jax/{kind}" for kind in ("baseline", "qk_norm", "qk_norm_cap")),
-    *(f"hand/torch/{kind}" for kind in ("baseline", "qk_norm")),
+    *(
+        f"hand/{backend}/{kind}"
+        for backend in ("jax", "torch")
+        for kind in ("baseline", "qk_norm", "qk_norm_cap")
+    ),
     "hand/torch-eager/baseline",
     *(f"kerashub/{backend}/gpt2" for backend in BACKENDS),
     "transformers/torch/gpt2",

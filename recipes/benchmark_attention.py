@@ -2,17 +2,23 @@
 
 Question: what do a cap, a clip and exact statistics cost in our kernels, beside
 the kernels without them that a user has, and beside the formula written out?
-Forward and backward, one after the other many times, the median of blocks.
+Does their time grow with the length as that of those kernels does? Forward and
+backward, one after the other many times, the median of blocks.
 
     python recipes/benchmark_attention.py
-    python recipes/benchmark_attention.py --length 16384 --batch 2
-    python recipes/benchmark_attention.py --heads 8 --head-dim 128
+    python recipes/benchmark_attention.py --lengths 2048,4096,8192,16384
+    python recipes/benchmark_attention.py --head-dims 64,96,128,256
+
+All shapes have the same number of tokens and, in all heads together, the same
+width. The first length and head size have all rows; the other lengths, of the
+first head size, and the other head sizes, of the first length, those of `SOME`.
 
 Needs a GPU. Every backend has a process of its own; those that are not
-installed are left out, rows that fail are recorded. `error` is the largest
+installed are left out, rows that fail are recorded. `growth` is the time of a
+token relative to the same row's at the first length. `error` is the largest
 deviation of outputs from those of the formula in float32, of short sequences of
 the same numbers in bfloat16, relative to the largest output; that of gradients
-likewise. Writes a JSON file and prints a table.
+likewise. Writes a JSON file, a figure beside it, and prints a table.
 """
 
 import argparse
@@ -34,6 +40,28 @@ import numpy as np
 CAP, CLIP = 50.0, (-0.03, 1.03)
 SHORT = 333  # For the errors: no multiple of any block.
 BACKENDS = ("jax", "torch")
+# The formula takes too long, and too much memory, where sequences are long.
+SOME = "cuDNN", "SDPA", "flex_attention, cap", "ours, cap, statistics"
+
+
+def numbers_in(text):
+    return [int(part) for part in text.split(",")]
+
+
+def shapes_of(args):
+    """Dictionaries of what is timed one after the other."""
+    lengths, sizes = numbers_in(args.lengths), numbers_in(args.head_dims)
+    pairs = [(length, sizes[0]) for length in lengths]
+    pairs += [(lengths[0], size) for size in sizes[1:]]
+    return [
+        {
+            "batch": max(args.tokens // length, 1),
+            "length": length,
+            "heads": max(args.width // size, 1),
+            "head_dim": size,
+        }
+        for length, size in pairs
+    ]
 
 
 def arrays_of(shapes, batch, length):
@@ -54,10 +82,9 @@ def deviation(found, true):
     return max(float(np.abs(x - y).max() / np.abs(y).max()) for x, y in pairs)
 
 
-def measure(name, function, how, made, shapes, calls):
-    _, step, make, wait, formula, _ = made
-    run = step(functools.partial(function, **how) if how else function)
-    entry = {"row": name}
+def errors(name, run, how, made, shapes):
+    """Those of a row's outputs and gradients."""
+    _, step, make, _, formula, _ = made
     short = arrays_of(shapes, 1, SHORT)
     exact = {key: how[key] for key in ("cap", "clip") if key in how}
     if "flex" in name:
@@ -65,11 +92,20 @@ def measure(name, function, how, made, shapes, calls):
     # The same numbers, which bfloat16 has rounded.
     rounded = [numbers(x) for x in make(short, "bfloat16")]
     true = step(functools.partial(formula, **exact))(make(rounded, "float32"))
-    if how or "cuDNN" not in name:
-        # It has no odd lengths.
-        found = run(make(short, "bfloat16"))
-        entry["error"] = deviation([found[0]], [true[0]])
-        entry["gradient_error"] = deviation(found[1], true[1])
+    found = run(make(short, "bfloat16"))
+    return {
+        "error": deviation([found[0]], [true[0]]),
+        "gradient_error": deviation(found[1], true[1]),
+    }
+
+
+def measure(name, function, how, made, shapes, calls, compared):
+    _, step, make, wait, *_ = made
+    run = step(functools.partial(function, **how) if how else function)
+    found = {}
+    # cuDNN has no odd lengths.
+    if compared and "cuDNN" not in name:
+        found = errors(name, run, how, made, shapes)
     tensors = make(
         arrays_of(shapes, shapes["batch"], shapes["length"]), "bfloat16"
     )
@@ -79,10 +115,10 @@ def measure(name, function, how, made, shapes, calls):
     for _ in range(5):
         begun = time.perf_counter()
         for _ in range(calls):
-            found = run(tensors)
-        wait(found)
+            last = run(tensors)
+        wait(last)
         times.append(1e3 * (time.perf_counter() - begun) / calls)
-    return {**entry, "milliseconds": statistics.median(times), "times": times}
+    return {**found, "milliseconds": statistics.median(times), "times": times}
 
 
 def child(backend, shapes, calls, out):
@@ -92,45 +128,106 @@ def child(backend, shapes, calls, out):
 
     import keras_stable as ks
 
-    shapes, found = json.loads(shapes), []
-    of = shapes["batch"], shapes["length"], shapes["heads"], shapes["head_dim"]
-    kernel = ks.backend.attention_kernel(
-        keras.KerasTensor(of, "bfloat16"), CAP, None
-    )
-    if kernel is None:
-        sys.exit(f"{backend}: no kernel for {of}, or no GPU")
     peer = importlib.import_module(f"peer_attention_{backend}")
-    made = peer.rows(shapes["head_dim"] ** -0.5, CAP, CLIP, kernel[1])
-    for name, (function, how) in made[0].items():
-        try:
-            entry = measure(name, function, how, made, shapes, int(calls))
-        except Exception as error:
-            entry = {"row": name, "error_message": f"{error}"[:300]}
-        print(f"{backend:6} {name:24} {entry.get('milliseconds')}", flush=True)
-        found.append({"backend": backend, **entry})
-        record = {"rows": found, "device": made[-1], **ks.records.software()}
-        Path(out).write_text(json.dumps(record))
+    found, compared = [], set()
+    for i, shape in enumerate(json.loads(shapes)):
+        H = shape["head_dim"]
+        query = keras.KerasTensor(tuple(shape.values()), "bfloat16")
+        kernel = ks.backend.attention_kernel(query, CAP, None)
+        if kernel is None:
+            sys.exit(f"{backend}: no kernel for {shape}, or no GPU")
+        made = peer.rows(H**-0.5, CAP, CLIP, kernel[1])
+        for name, (function, how) in made[0].items():
+            if i and name not in SOME:
+                continue
+            given = name, function, how, made, shape, int(calls)
+            try:
+                entry = measure(*given, compared=H not in compared)
+            except Exception as error:
+                entry = {"error_message": f"{error}"[:300]}
+            time_taken = entry.get("milliseconds")
+            print(f"{backend:6} {name:24} {shape} {time_taken}", flush=True)
+            found.append({"backend": backend, "row": name, **shape, **entry})
+            record = {"rows": found, "device": made[-1]}
+            record |= ks.records.software()
+            Path(out).write_text(json.dumps(record))
+        compared.add(H)
+
+
+def per_token(row):
+    return row["milliseconds"] / (row["batch"] * row["length"])
+
+
+def growth(row, rows):
+    """Time of a token, relative to that at the first length; or None."""
+    keys = ("backend", "row", "head_dim")
+    same = [x for x in rows if all(x[key] == row[key] for key in keys)]
+    times = [per_token(x) for x in (row, same[0]) if "milliseconds" in x]
+    if len(times) < 2 or same[0]["length"] == row["length"]:
+        return None
+    return times[0] / times[1]
 
 
 def table(result):
-    """Markdown; times also relative to the backend's first row."""
-    lines = [
-        ("backend", "kernel", "ms", "to the first", "error", "of gradients")
-    ]
-    lines.append(("---",) * len(lines[0]))
-    one = {}
-    for row in result["rows"]:
-        cells = [row["backend"], row["row"]]
+    """Markdown; times also relative to the first row of backend and shape."""
+    heads = "backend|kernel|length|head|ms|to the first|growth|error|"
+    lines = [(heads + "of gradients").split("|")]
+    lines.append(["---"] * len(lines[0]))
+    rows, first = result["rows"], {}
+    for row in rows:
+        shape = row["backend"], row["length"], row["head_dim"]
+        one = first.setdefault(shape, row)
+        cells = [row["backend"], row["row"], *map(str, shape[1:])]
         if "milliseconds" in row:
-            first = one.setdefault(row["backend"], row["milliseconds"])
+            ratios = [None, growth(row, rows)]
+            if "milliseconds" in one:
+                ratios[0] = row["milliseconds"] / one["milliseconds"]
             cells += [f"{row['milliseconds']:.2f}"]
-            cells += [f"{row['milliseconds'] / first:.2f}"]
-            errors = (row.get(k) for k in ("error", "gradient_error"))
-            cells += ["" if x is None else f"{x:.4f}" for x in errors]
+            cells += ["" if x is None else f"{x:.2f}" for x in ratios]
+            found = (row.get(k) for k in ("error", "gradient_error"))
+            cells += ["" if x is None else f"{x:.4f}" for x in found]
         else:
-            cells += ["failed: " + row["error_message"][:80], "", "", ""]
+            text = row["error_message"].partition("\n")[0][:80]
+            cells += ["failed: " + text.replace("|", "/"), "", "", "", ""]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def plot(result, path):
+    """Times at the first length and head size; growth with the length."""
+    # Not pyplot's: drawn by Agg, whatever display there is.
+    from matplotlib.figure import Figure
+
+    good = [row for row in result["rows"] if "milliseconds" in row]
+    length, head_dim = (good[0][key] for key in ("length", "head_dim"))
+    good = [row for row in good if row["head_dim"] == head_dim]
+    first = [row for row in good if row["length"] == length]
+    long = any(row["length"] != length for row in good)
+    size = (11 if long else 6, 1.5 + 0.35 * len(first))
+    figure = Figure(figsize=size, layout="tight")
+    axes = figure.subplots(1, 1 + long, squeeze=False)[0]
+    bars = axes[0].barh(
+        [f"{row['backend']}: {row['row']}" for row in first[::-1]],
+        [row["milliseconds"] for row in first[::-1]],
+    )
+    axes[0].bar_label(bars, fmt="%.2f", padding=2, fontsize="small")
+    axes[0].set(xlabel=f"ms, length {length}, heads of {head_dim}")
+    axes[0].margins(x=0.15)
+    for backend, name in dict.fromkeys((x["backend"], x["row"]) for x in good):
+        same = [x for x in good if (x["backend"], x["row"]) == (backend, name)]
+        if len(same) > 1:
+            axes[-1].plot(
+                [row["length"] for row in same],
+                [per_token(row) / per_token(same[0]) for row in same],
+                marker="o",
+                label=f"{backend}: {name}",
+            )
+    if long:
+        axes[1].set(xlabel="length", ylabel="time of a token, to the first")
+        axes[1].set(ylim=(0, None))
+        axes[1].legend(fontsize="small")
+    figure.suptitle(result["hardware"])
+    figure.savefig(path, dpi=150)
 
 
 def main(arguments=None):
@@ -144,22 +241,22 @@ def main(arguments=None):
     )
     add = parser.add_argument
     add("--backends", default="jax,torch")
-    add("--batch", type=int, default=16)
-    add("--length", type=int, default=2048)
-    add("--heads", type=int, default=16)
-    add("--head-dim", type=int, default=64)
-    add("--calls", type=int, default=10, help="of a block")
+    add("--lengths", default="2048", help="e.g. 2048,16384 (2048)")
+    add("--head-dims", default="64", help="e.g. 64,128 (64)")
+    add("--tokens", type=int, default=32768, help="of a batch (32768)")
+    add("--width", type=int, default=1024, help="of all heads (1024)")
+    add("--calls", type=int, default=10, help="of a block (10)")
+    add("--timeout", type=float, default=1800.0, help="s a backend (1800)")
     add("--out", default="runs/attention.json")
     args = parser.parse_args(arguments)
-    names = ("batch", "length", "heads", "head_dim")
-    shapes = {name: getattr(args, name) for name in names}
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
     result = {
-        "schema": 1,
+        "schema": 2,
         "command": shlex.join(
             ["python", "recipes/benchmark_attention.py", *arguments]
         ),
-        **{"git_commit": None, "versions": {}, "hardware": None},
-        **{"shapes": shapes, "rows": []},
+        **{"git_commit": None, "versions": {}, "hardware": None, "rows": []},
     }
     for backend in args.backends.split(","):
         if backend not in BACKENDS:
@@ -168,23 +265,26 @@ def main(arguments=None):
             print(f"{backend} is not installed")
             continue
         with tempfile.TemporaryDirectory() as folder:
-            out = Path(folder, "rows.json")
+            rows = Path(folder, "rows.json")
             command = [sys.executable, __file__, "--child", backend]
-            command += [json.dumps(shapes), str(args.calls), str(out)]
-            subprocess.run(command)
-            if not out.exists():
+            command += [json.dumps(shapes_of(args)), str(args.calls), str(rows)]
+            try:
+                subprocess.run(command, timeout=args.timeout)
+            except subprocess.TimeoutExpired:
+                print(f"{backend}: out of time", file=sys.stderr)
+            if not rows.exists():
                 print(f"{backend}: no row", file=sys.stderr)
                 continue
-            found = json.loads(out.read_text())
+            found = json.loads(rows.read_text())
         result["rows"] += found["rows"]
         result["hardware"] = found["device"]
         result["git_commit"] = found["git_commit"]
         result["versions"] |= found["versions"]
+        out.write_text(json.dumps(result, indent=1) + "\n")
     if not result["rows"]:
         sys.exit("benchmark_attention: no backend could be measured.")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{table(result)}\n\n{args.out}")
+    print(f"\n{table(result)}\n\n{out}")
+    plot(result, out.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 r"""Training steps in plain PyTorch: what `benchmark.py` compares with.
 
-Question: how fast is the model of the variants `baseline` and `qk_norm`
-without Keras, as a good engineer would write it; and how fast is the GPT-2 of
-`transformers`, of the same shapes?
+Question: how fast is the model of the variants `baseline`, `qk_norm` and
+`qk_norm_cap` without Keras, as a good engineer would write it; and how fast is
+the GPT-2 of `transformers`, of the same shapes?
 By hand: a function of a dictionary of tensors under `torch.compile`, one
-projection for query, key and value, `scaled_dot_product_attention`, bfloat16
+projection for query, key and value, `scaled_dot_product_attention`
+(`flex_attention` where logits are capped, which learns on GPUs alone), bfloat16
 products with float32 weights, a fused AdamW. Run by
 
     python recipes/benchmark.py --rows "hand/torch*/*,transformers/*"
@@ -17,8 +18,10 @@ import functools
 import torch
 import torch.nn.functional as F
 from peer_weights import layout
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.attention.flex_attention import flex_attention
 
-EPSILON, WAVELENGTH = 1e-6, 10_000.0
+EPSILON, WAVELENGTH, CAP = 1e-6, 10_000.0, 50.0
 # Of `ks.AdamW`.
 DECAY, BETAS, ADAM_EPSILON, CLIP = 0.1, (0.9, 0.95), 1e-8, 1.0
 
@@ -74,7 +77,27 @@ def rotate(x_BTNH, rotation):
     return y.to(x_BTNH.dtype)
 
 
-def block(x_BTD, weights, rotation):
+def past(length, device="cpu"):
+    """What `flex_attention` is told of who sees whom."""
+    return create_block_mask(
+        lambda b, n, t, s: t >= s, None, None, length, length, device
+    )
+
+
+def attend(q_BTNH, k_BTNH, v_BTNH, seen):
+    qkv = (x.transpose(1, 2) for x in (q_BTNH, k_BTNH, v_BTNH))
+    if seen is None:
+        y_BNTH = F.scaled_dot_product_attention(*qkv, is_causal=True)
+    else:
+
+        def cap(z, b, n, t, s):
+            return CAP * torch.tanh(z / CAP)
+
+        y_BNTH = flex_attention(*qkv, cap, seen)
+    return y_BNTH.transpose(1, 2)
+
+
+def block(x_BTD, weights, rotation, seen=None):
     B, T, D = x_BTD.shape
     H = 2 * rotation[0].shape[-1]
 
@@ -87,10 +110,7 @@ def block(x_BTD, weights, rotation):
         q = layer_norm(q, weights["query_norm"])
         k = layer_norm(k, weights["key_norm"])
     q, k = rotate(q, rotation), rotate(k, rotation)
-    y_BNTH = F.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
-    )
-    y_BTD = y_BNTH.transpose(1, 2).reshape(B, T, D)
+    y_BTD = attend(q, k, v, seen).reshape(B, T, D)
     x_BTD = x_BTD + y_BTD @ matrix("output")
     h = layer_norm(x_BTD, weights["mlp_norm"])
     return x_BTD + F.gelu(h @ matrix("fc1")) @ matrix("fc2")
@@ -100,11 +120,14 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
 
-def loss_of(weights, rotation, inputs, targets, dtype=torch.float32):
-    """Mean cross-entropy of next tokens; int64 (B, T) each."""
+def loss_of(weights, rotation, inputs, targets, dtype=torch.float32, seen=None):
+    """Mean cross-entropy of next tokens; int64 (B, T) each.
+
+    Logits of attention are capped where `seen` is what `past` returns.
+    """
     x_BTD = F.embedding(inputs, weights["embedding"]).to(dtype)
     for layer in weights["blocks"]:
-        x_BTD = block(x_BTD, layer, rotation)
+        x_BTD = block(x_BTD, layer, rotation, seen)
     x_BTD = layer_norm(x_BTD, weights["final_norm"])
     return cross_entropy(x_BTD @ weights["head"].to(dtype), targets)
 
@@ -150,11 +173,13 @@ def train(config, row, batches, tick):
         weights = initialize(config, kind, device)
         parameters = leaves(weights)
         head_dim = config["hidden_dim"] // config["num_heads"]
-        rotation = rotations(config["sequence_length"], head_dim, device)
+        T = config["sequence_length"]
+        rotation = rotations(T, head_dim, device)
+        seen = past(T, device) if kind == "qk_norm_cap" else None
         mixed = config["precision"] == "mixed_bfloat16"
         dtype = torch.bfloat16 if mixed else torch.float32
         loss_function = functools.partial(
-            loss_of, weights, rotation, dtype=dtype
+            loss_of, weights, rotation, dtype=dtype, seen=seen
         )
         compiled = place == "torch"
     if compiled:

@@ -138,19 +138,60 @@ def test_gpu_kernels_are_for_what_cudnn_has_not(monkeypatch):
     assert found(dtype="float16", cap=50.0) == found(256, cap=50.0) == name
     assert found() is None
     assert found(dtype="float32", cap=50.0) is None
-    assert found(head_dim=80, cap=50.0) is None
+    assert found(head_dim=80, cap=50.0) == name
+    assert found(head_dim=257, cap=50.0) is None
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def test_the_recipe_that_times_them(capsys, monkeypatch):
-    recipes = Path(__file__).parents[1] / "recipes"
-    monkeypatch.syspath_prepend(str(recipes))
+    monkeypatch.syspath_prepend(str(RECIPES))
     import benchmark_attention as recipe
 
-    result = json.loads((recipes / "results/attention-h200.json").read_text())
-    text = (recipes / "README.md").read_text()
+    result = json.loads((RECIPES / "results/attention-h200.json").read_text())
+    text = (RECIPES / "README.md").read_text()
     assert recipe.table(result) in text, "The table is stale."
+    assert (RECIPES / "results/attention-h200.png").exists()
     with pytest.raises(SystemExit):
         recipe.main(["--backends", "tensorflow"])
     assert "--backends has" in capsys.readouterr().err
     x = [np.array([1.0, -4.0])], [np.array([1.0, -2.0])]
     assert recipe.deviation(*x) == 1.0
+
+
+@pytest.mark.parametrize("lengths", ["8", "8,16"])
+def test_the_recipe_compares_shapes(lengths, tmp_path, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import benchmark_attention as recipe
+
+    backend = keras.backend.backend()
+    out = tmp_path / "rows.json"
+
+    def child(command, timeout):
+        """Of a length, all rows; of others, those that are asked for."""
+        shapes, rows = json.loads(command[4]), []
+        for i, shape in enumerate(shapes):
+            for name in ("SDPA", "ours, cap"):
+                entry = {"milliseconds": float(shape["length"])}
+                if name != "SDPA" and not i:
+                    entry = {"error_message": "no | luck\nat all"}
+                rows.append({"backend": backend, "row": name, **shape, **entry})
+        record = {"rows": rows, "device": "H", "git_commit": "", "versions": {}}
+        Path(command[-1]).write_text(json.dumps(record))
+
+    monkeypatch.setattr(recipe, "BACKENDS", (backend,))
+    monkeypatch.setattr(recipe.subprocess, "run", child)
+    flags = ["--tokens", "32", "--width", "16", "--lengths", lengths]
+    flags += ["--head-dims", "4,8", "--backends", backend, "--out", str(out)]
+    recipe.main(flags)
+    printed = capsys.readouterr().out
+    assert f"| {backend} | SDPA | 8 | 4 | 8.00 | 1.00 |  |  |  |" in printed
+    assert "| failed: no / luck |" in printed
+    line = f"| {backend} | SDPA | 16 | 4 | 16.00 | 1.00 | 2.00 |  |  |"
+    assert (line in printed) == (lengths == "8,16")
+    rows = json.loads(out.read_text())["rows"]
+    for row in rows:
+        assert row["batch"] * row["length"] == 32
+        assert row["heads"] * row["head_dim"] == 16
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"

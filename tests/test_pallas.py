@@ -120,6 +120,8 @@ CASES = {
     "all": (1, 100, 4, 2, 16, 2.0, (-0.01, 1.1), True, 33),
     "one": (2, 1, 2, 1, 64, 5.0, None, True, None),
     "large head": (1, 34, 2, 1, 128, 5.0, CLIP, False, None),
+    "odd head": (1, 50, 4, 2, 24, 2.0, CLIP, True, 20),
+    "small head": (2, 30, 2, 1, 3, 2.0, None, False, None),
 }
 
 
@@ -374,6 +376,6 @@ def test_what_it_has_not_is_said():
         attend_fused(q, k, v, 0.3)
     with pytest.raises(ValueError, match="gamma must not be positive"):
         attend_fused(q, q, q, 0.3, clip=(0.1, 1.0))
-    (q, k, v, _), _ = tensors(1, 4, 2, 2, 24)
-    with pytest.raises(ValueError, match="heads of"):
+    (q, k, v, _), _ = tensors(1, 4, 2, 2, 257)
+    with pytest.raises(ValueError, match="heads up to"):
         attend_fused(q, k, v, 0.3)

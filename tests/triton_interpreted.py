@@ -152,7 +152,7 @@ def test_clip_without_an_upper_bound(clip):
     check(given, 2e-4, scale=0.9, clip=clip, segment_ids=ids)
 
 
-@pytest.mark.parametrize("H", torch_attention.HEAD_SIZES)
+@pytest.mark.parametrize("H", [*torch_attention.HEAD_SIZES, 3, 24, 80])
 def test_head_sizes(H):
     check(tensors(1, 33, 1, 1, H), scale=H**-0.5, cap=3.0)
 
@@ -324,7 +324,7 @@ def test_operator_is_registered_soundly(packed):
     "shapes, how, message",
     [
         ((4, 3, 16), {}, "divisor"),
-        ((4, 2, 24), {}, "head sizes"),
+        ((4, 2, 257), {}, "heads up to"),
         ((2, 2, 16), {"scale": -1.0}, "positive scale"),
         ((2, 2, 16), {"clip": (0.1, 1.1)}, "gamma <= 0"),
     ],

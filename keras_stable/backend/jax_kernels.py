@@ -35,7 +35,7 @@ def attention_kernel(query, cap, clip):
     bounded = cap is not None or clip is not None
     sixteen = dtype in ("bfloat16", "float16")
     if platform() == "gpu" and bounded and sixteen:
-        if query.shape[-1] in HEAD_SIZES:
+        if query.shape[-1] <= HEAD_SIZES[-1]:
             return "Pallas", attend_fused
     return None
 

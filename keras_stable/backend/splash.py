@@ -73,6 +73,13 @@ def splash(
     The kernel has no scale: queries are multiplied by it, and rounded to
     their dtype, which is exact where the scale is a power of two.
 
+    It has no statistics either. Of what it computes, JAX (0.10 and 0.11) gives
+    away the log-sum-exp alone, of capped logits, and raises where that is to be
+    differentiated through. It bounds the largest logit by log(S), no more; that
+    one (the limit of lse(b z) / b) or the entropy (by keys for values) would
+    each take another forward pass. So they are of some of the queries, and
+    labelled so.
+
     Args:
         q_BTNH, k_BTKH, v_BTKH: arrays, K divides N.
         scale: float.
