@@ -1,53 +1,27 @@
 """Copies of a training's whole state, to go back to while `fit` goes on."""
 
-import dataclasses
 import json
 import os
-import re
 import threading
 from pathlib import Path
-from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from keras_stable import backend
 from keras_stable import training_state
 from keras_stable.backend import internals
 from keras_stable.backend import saving
+from keras_stable.backup_files import Backup
+from keras_stable.backup_files import find
+from keras_stable.backup_files import name_of
+from keras_stable.backup_files import read
+from keras_stable.backup_files import write
 from keras_stable.choices import check_integer
 
-FORMAT = "keras_stable backup 1"
 # Copies that no one has judged yet: the one to be judged next, and the newest.
 WAITING = 2
-_FILE = re.compile(r"(\d{8,})(\.good)?\.npz")
 _SEED = "seed/keras"
 _CHUNK = 2**20
-
-
-@dataclasses.dataclass(eq=False)
-class Backup:
-    """One copy, from `Backups.newest`.
-
-    Attributes:
-        step: int. Steps that were made before it.
-        place: int. The place in the data that comes next.
-        extra: what `take` was given, as JSON reads it.
-        certified: bool.
-        nbytes: int. Bytes of its arrays, 0 until they are copied.
-    """
-
-    step: int
-    place: int
-    extra: Any = None
-    certified: bool = False
-    nbytes: int = 0
-    seeds: dict = dataclasses.field(default=None, repr=False)
-    # In memory, or else in a file.
-    arrays: dict = dataclasses.field(default=None, repr=False)
-    path: Path = dataclasses.field(default=None, repr=False)
-    # What stands against it: found by the thread that copies.
-    fault: str = dataclasses.field(default=None, repr=False)
 
 
 class Backups:
@@ -109,7 +83,7 @@ class Backups:
         self._all = []
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._all = _find(self.directory)
+            self._all = find(self.directory)
 
     @property
     def nbytes(self):
@@ -155,7 +129,7 @@ class Backups:
         backup = Backup(step, place, extra, certified, seeds=seeds)
         self._keep([*self._all, backup])
         if self.directory is not None:
-            backup.path = self.directory / _name(backup)
+            backup.path = self.directory / name_of(backup)
         self._thread = threading.Thread(
             target=_finish, args=(backup, list(variables), copies)
         )
@@ -189,7 +163,7 @@ class Backups:
         for backup in found:
             backup.certified = True
             if backup.path is not None:
-                path = self.directory / _name(backup)
+                path = self.directory / name_of(backup)
                 os.replace(backup.path, path)
                 backup.path = path
         self._keep(self._all)
@@ -233,7 +207,7 @@ class Backups:
         self._settled()
         arrays, where = backup.arrays, f"The backup of step {backup.step}"
         if arrays is None:
-            arrays, where = _read(backup.path)[1], backup.path
+            arrays, where = read(backup.path)[1], backup.path
         variables = self._variables()
         _check(arrays, variables, where)
         # Some may not have been there yet.
@@ -275,10 +249,6 @@ def _waiting(backups):
     return [backup for backup in backups if not backup.certified]
 
 
-def _name(backup):
-    return f"{backup.step:08d}{'.good' * backup.certified}.npz"
-
-
 def _finish(backup, names, copies):
     """In a thread of its own: the copy's way to the host, or to its file."""
     try:
@@ -290,7 +260,7 @@ def _finish(backup, names, copies):
         elif backup.path is None:
             backup.arrays = arrays
         else:
-            _write(backup, arrays)
+            write(backup, arrays)
     except Exception as error:
         # Of whatever cause, as a full disk.
         backup.fault = _none(backup.step, error)
@@ -312,83 +282,6 @@ def _broken(name, array):
             if not np.isfinite(flat[begin : begin + _CHUNK]).all():
                 return f"{name} is not finite"
     return None
-
-
-# Files.
-
-
-def _bits(array):
-    """An array of a dtype that numpy itself has."""
-    if array.dtype.isbuiltin == 1:
-        return array
-    return array.view(f"uint{8 * array.dtype.itemsize}")
-
-
-def _write(backup, arrays):
-    meta = {
-        "format": FORMAT,
-        "step": backup.step,
-        "place": backup.place,
-        "extra": backup.extra,
-        "nbytes": backup.nbytes,
-        "seeds": backup.seeds,
-        "dtypes": {name: str(array.dtype) for name, array in arrays.items()},
-    }
-    text = np.frombuffer(json.dumps(meta).encode(), "uint8")
-    numbered = {f"{i}": _bits(x) for i, x in enumerate(arrays.values())}
-    part = backup.path.with_suffix(".part")
-    try:
-        with open(part, "wb") as file:
-            np.savez(file, meta=text, **numbered)
-        os.replace(part, backup.path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def _read(path, headers=False):
-    """What a file says, and its arrays, if it is one of ours and sound."""
-    try:
-        # Opened here: numpy leaves one open that is no archive.
-        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
-            meta = json.loads(file["meta"].tobytes())
-            if meta["format"] != FORMAT:
-                raise ValueError(f"its format is {meta['format']!r}")
-            whole = [check_integer(meta[k], k, 0) for k in ("step", "place")]
-            if whole[0] != int(_FILE.fullmatch(path.name)[1]):
-                raise ValueError(f"it is of step {whole[0]}")
-            meta["nbytes"], meta["seeds"], meta["extra"]
-            arrays = {}
-            for i, (name, dtype) in enumerate(meta["dtypes"].items()):
-                if headers:
-                    continue
-                array = file[f"{i}"]
-                if str(array.dtype) != dtype:
-                    array = array.view(getattr(ml_dtypes, dtype))
-                arrays[name] = array
-    except Exception as error:
-        # Whatever zip, npy, JSON and their values do not agree with.
-        raise ValueError(
-            f"{path} is no backup, or damaged: {type(error).__name__}: {error}."
-            " Delete it; others, if there are, can be used."
-        ) from error
-    return meta, arrays
-
-
-def _find(directory):
-    """The copies in a directory, left by a process before."""
-    found = []
-    for path in sorted(directory.iterdir()):
-        if path.suffix == ".part" and _FILE.fullmatch(f"{path.stem}.npz"):
-            path.unlink()  # Begun, and never completed.
-            continue
-        match = _FILE.fullmatch(path.name)
-        if match:
-            meta, _ = _read(path, headers=True)
-            keys = "step", "place", "extra", "nbytes", "seeds"
-            more = {"certified": match[2] is not None, "path": path}
-            found.append(Backup(**{k: meta[k] for k in keys}, **more))
-    return found
 
 
 def _check(arrays, variables, where):

@@ -56,3 +56,20 @@ def recall(monitor, state):
         monitor._diagnosis.restore(state["diagnosis"])
     monitor._chronicle.box.restore(state["boxes"])
     return step
+
+
+def begin(monitor):
+    """Finds where training begins: after `on_train_begin` of all callbacks.
+
+    `BackupAndRestore` may have gone back: then, and after a halt, what the
+    detectors remember is of no use.
+    """
+    state, monitor._state = monitor._state, None
+    step = internals.batches_seen(monitor.model.optimizer) + monitor._lag
+    if state is not None:
+        step = recall(monitor, state)
+    halted = monitor.policy != "observe" and monitor.verdict.lost
+    if halted or step < monitor.step:
+        monitor._diagnosis = None
+        monitor._alert = monitor._calm = 0
+    monitor.step = monitor._begun = monitor._resumed = step

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import dataclasses
 import math
 import time
 from pathlib import Path
@@ -107,7 +106,6 @@ class StabilityMonitor(keras.callbacks.Callback):
     # Its work is done in the main thread, before each step; what Keras may
     # call from other threads only takes a number down.
     async_safe = True
-
     selftest = staticmethod(selftest)
     # Another takes its place where one program trains several models.
     _begin_watch = staticmethod(watch_model)
@@ -209,7 +207,9 @@ class StabilityMonitor(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if self._begun is None:
             with self._ending_on_error():
-                self._resume()
+                memory.begin(self)
+                if self.every is None:
+                    self._diagnose(None)
                 if self._rescuer is not None:
                     self._rescuer.begin(self._model, self._begun, self.path)
         # A resumed `fit` goes on within an epoch.
@@ -220,7 +220,9 @@ class StabilityMonitor(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         with self._ending_on_error():
-            host = self._take(keep=1) + self._prepare()
+            host = self._take(keep=1)
+            if self._rescuer is not None:
+                host += self._rescuer.before_step(self)
             if self._watch is not None:
                 steps = range(self._begun, self._begun + self._size)
                 full = any(map(self._budget.full, steps))
@@ -234,43 +236,6 @@ class StabilityMonitor(keras.callbacks.Callback):
         if report is not None:
             self._chronicle.write("overhead", step=self.step, **report)
 
-    def _prepare(self):
-        """Before a step is launched: what saves a run; returns seconds."""
-        rescuer, step = self._rescuer, self._begun
-        if rescuer is None:
-            return 0.0
-        begin = time.perf_counter()
-        due = rescuer.is_due(step)
-        if due or self._lost is not None:
-            self._take(keep=0)
-        if self._lost is not None:
-            self._rewind()
-        elif due:
-            rescuer.back_up(step, self._diagnosis)
-        rescuer.prepare(step + 1, self._size, self._diagnosis)
-        self._watch.feed = rescuer.next_batch if rescuer.feeds else None
-        return time.perf_counter() - begin
-
-    def _rewind(self):
-        """To a good state, or to the end."""
-        if self._rescuer.autopsy:
-            event = self._rescuer.examine(self._watch, self.step, self._lost)
-            why = f"{self._lost.detail}; {event.detail}"
-            self._lost = dataclasses.replace(self._lost, detail=why)
-            self._tell([event])
-        found = self._rescuer.rewind(self.step, self._lost.onset)
-        if found is None:
-            self._halt()
-        self._lost, (event, state) = None, found
-        if state is None:
-            # Of the beginning: nothing was known.
-            self._names, self._resumed = None, 0
-            self._diagnose(self._layout)
-        else:
-            self._diagnosis.restore(state)
-        self._tell([event])
-        self._tell_verdict(self.step)
-
     def on_train_batch_end(self, batch, logs=None):
         if self.every is None:
             self._reported.take(batch, logs)
@@ -279,7 +244,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         with self._ending_on_error():
             self._take(keep=0)
             if self._lost is not None:
-                self._rewind()
+                self._rescuer.save(self)
             self._begun = self.step  # The last execution may be a part.
             self._lag = self.step - internals.batches_seen(self.model.optimizer)
             if logs is not None:
@@ -291,24 +256,6 @@ class StabilityMonitor(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         self._save()
         self.close()
-
-    def _resume(self):
-        """Finds where training begins: after `on_train_begin` of all others.
-
-        `BackupAndRestore` may have gone back: then, and after a halt, what
-        the detectors remember is of no use.
-        """
-        state, self._state = self._state, None
-        begun = internals.batches_seen(self.model.optimizer) + self._lag
-        if state is not None:
-            begun = memory.recall(self, state)
-        halted = self.policy != "observe" and self.verdict.lost
-        if halted or begun < self.step:
-            self._diagnosis = None
-            self._alert = self._calm = 0
-        self.step = self._begun = self._resumed = begun
-        if self.every is None:
-            self._diagnose(None)
 
     def get_state(self, step):
         """All that it remembers after a step of `fit`, as JSON's values."""
@@ -396,6 +343,14 @@ class StabilityMonitor(keras.callbacks.Callback):
     def _halt(self):
         lost, file = self._lost, self._chronicle.file
         raise TrainingHalted(self.verdict, lost.step, lost, file)
+
+    def _begin_anew(self, state):
+        """Detectors as they were; None: as if nothing had been seen."""
+        if state is None:
+            self._names, self._resumed = None, 0
+            self._diagnose(self._layout)
+        else:
+            self._diagnosis.restore(state)
 
     def _tell(self, events):
         about = self.verdict, self._layout, self.verbose

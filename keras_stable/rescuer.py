@@ -1,8 +1,10 @@
 """Saves a run while it trains: what the `Rungs` decides is done here."""
 
 import collections
+import dataclasses
 import json
 import math
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,6 +125,46 @@ class Rescuer:
             record = json_files.parse(line, self._ledger)
             if (record["first"], record["last"]) not in known:
                 self.feed.skip(record["first"], record["last"])
+
+    # In a monitor's `fit`.
+
+    def before_step(self, monitor):
+        """Before a step is launched: goes back, or copies, or neither.
+
+        Returns:
+            The seconds that it took.
+        """
+        begin, step = time.perf_counter(), monitor._begun
+        due = self.is_due(step)
+        if due or monitor._lost is not None:
+            monitor._take(keep=0)
+        if monitor._lost is not None:
+            self.save(monitor)
+        elif due:
+            self.back_up(step, monitor._diagnosis)
+        self.prepare(step + 1, monitor._size, monitor._diagnosis)
+        monitor._watch.feed = self.next_batch if self.feeds else None
+        return time.perf_counter() - begin
+
+    def save(self, monitor):
+        """Goes back to a good state, or ends the training.
+
+        Raises:
+            TrainingHalted: if there is none, or it went back too often.
+        """
+        lost = monitor._lost
+        if self.autopsy:
+            event = self.examine(monitor._watch, monitor.step, lost)
+            detail = f"{lost.detail}; {event.detail}"
+            monitor._lost = dataclasses.replace(lost, detail=detail)
+            monitor._tell([event])
+        found = self.rewind(monitor.step, lost.onset)
+        if found is None:
+            monitor._halt()
+        monitor._lost, (event, state) = None, found
+        monitor._begin_anew(state)
+        monitor._tell([event])
+        monitor._tell_verdict(monitor.step)
 
     # Before each step.
 

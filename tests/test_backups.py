@@ -5,6 +5,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from fresh import run
 from keras import ops
 
 import keras_stable as ks

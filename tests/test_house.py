@@ -31,6 +31,7 @@ FLOORS = [
     {
         *{"variant", "presets", "losses", "embeddings", "positions"},
         *{"tensor_files", "costs", "stability", "chunked_attention"},
+        *{"backup_files", "rescue"},
     },
     {
         *{"variants", "schedules", "hub", "distribution", "config_keys"},
@@ -55,6 +56,8 @@ FLOORS = [
         *{"resumption", "block", "watch", "diagnosis", "sinks", "blackbox"},
         *{"workers", "sweeps", "standings", "backups", "feed"},
     },
+    {"autopsy", "chronicle"},
+    {"rescuer"},
     {"backbone", "selftest", "planning", "sweep_tables", "report"},
     {"checkpoints", "generation", "preprocessing", "supervisor"},
     {"models", "monitor"},
