@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 from test_sweeps import RATES
 from test_sweeps import RECIPES
@@ -133,6 +134,12 @@ def test_claims_in_the_text_are_of_the_committed_curves(paper, capsys):
     assert "rates is 0.75, over the seven methods" in text
     assert low.endswith("6 methods: 0.54") and high.endswith("5 methods: 0.80")
     assert "0.54 (six methods) and\n  0.80 (five)" in text
+    first = {
+        label: ks.output_norms(paper.path / f"{label}/lr-0.006/seed-0", 1)[1]
+        for label in ("soft_clip", "baseline")
+    }
+    first = [f"{np.median(norms['proj']):.2f}" for norms in first.values()]
+    assert first == ["0.07", "1.67"]
     assert qkv.endswith("0 to inf, 1.5 is open") and "is open" in cap
 
 
