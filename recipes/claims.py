@@ -28,8 +28,11 @@ import keras_stable as ks
 
 # Runs whose output norms are compared, and with which.
 SAME_RATE = (
-    ("baseline", (6e-3, 8e-3, 2e-2, 4e-2, 6e-2)),
+    ("baseline", (6e-3, 8e-3, 2e-2, 4e-2, 6e-2, 8e-2)),
+    ("soft_temp", (6e-3, 2e-2)),
     ("soft_cap", (6e-3, 2e-2)),
+    ("soft_clip", (6e-3, 2e-2)),
+    ("layer_scale", (6e-3, 2e-2)),
 )
 TENTH = ("baseline", "soft_cap", "qk_norm", "sigma_reparam")
 
