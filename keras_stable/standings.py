@@ -1,12 +1,36 @@
 """The stability table: variants by learning rates, beside the paper's."""
 
 import math
+import statistics
 
 from keras_stable.published import PUBLISHED
 from keras_stable.stability import best_rate
 from keras_stable.stability import final_loss
 from keras_stable.stability import lr_sensitivity
 from keras_stable.stability import stability_interval
+
+
+def standing(outcomes):
+    """What every table says of one arm.
+
+    Args:
+        outcomes: `Outcome`s of one label.
+
+    Returns:
+        Dictionary of `"interval"`, a `StabilityInterval`; `"failed"`, how many
+        runs have no result; `"sensitivity"`, see `lr_sensitivity`;
+        `"best_rate"`; and `"best_loss"`, the final validation loss there, a
+        mean over seeds; NaN if there is none.
+    """
+    interval, best = stability_interval(outcomes), best_rate(outcomes)
+    losses = [o.loss for o in outcomes if o.learning_rate == best]
+    return {
+        "interval": interval,
+        "failed": len(interval.failed),
+        "sensitivity": lr_sensitivity(outcomes),
+        "best_rate": best,
+        "best_loss": statistics.fmean(losses) if losses else math.nan,
+    }
 
 
 def stability_table(outcomes, variants):
@@ -48,9 +72,9 @@ def in_order(variants):
 
 
 def _row(outcomes, rates, published):
-    interval = stability_interval(outcomes)
+    found = standing(outcomes)
+    interval, best = found["interval"], found["best_rate"]
     counts = map(interval.counts.get, rates)
-    best = best_rate(outcomes)
     row = {
         "label": outcomes[0].label,
         "cells": [c and {"k": c[0], "n": c[1]} for c in counts],
@@ -58,9 +82,7 @@ def _row(outcomes, rates, published):
         "last_stable": interval.last_stable,
         "first_unstable": interval.first_unstable,
         "monotone": interval.monotone,
-        "failed": len(interval.failed),
-        "sensitivity": lr_sensitivity(outcomes),
-        "best_rate": best,
+        **{k: found[k] for k in ("failed", "sensitivity", "best_rate")},
         "loss": None,
         "perplexity": None,
         "paper": None,

@@ -6,15 +6,12 @@ import io
 import math
 import os
 import shutil
-import statistics
 import time
 
 from keras_stable import json_files
 from keras_stable import records
 from keras_stable.choices import check_choice
-from keras_stable.stability import best_rate
-from keras_stable.stability import lr_sensitivity
-from keras_stable.stability import stability_interval
+from keras_stable.standings import standing
 from keras_stable.sweeps import given_up
 
 FORMATS = ("text", "markdown")
@@ -39,9 +36,8 @@ def sweep_table(sweep):
     rows = []
     for label in sweep.arms:
         outcomes = sweep.outcomes(label)
-        interval = stability_interval(outcomes)
-        rate = best_rate(outcomes)
-        losses = [o.loss for o in outcomes if o.learning_rate == rate]
+        found = standing(outcomes)
+        interval = found["interval"]
         counts = {f"{k:g}": [*v] for k, v in interval.counts.items()}
         rows.append(
             {
@@ -51,11 +47,11 @@ def sweep_table(sweep):
                 "high": interval.high,
                 "counts": counts,
                 "runs": sum(n for _, n in counts.values()),
-                "failed": len(interval.failed),
+                "failed": found["failed"],
                 "given_up": given_up(outcomes),
-                "lr_sensitivity": lr_sensitivity(outcomes),
-                "best_rate": rate,
-                "best_loss": statistics.fmean(losses) if losses else math.nan,
+                "lr_sensitivity": found["sensitivity"],
+                "best_rate": found["best_rate"],
+                "best_loss": found["best_loss"],
             }
         )
     return rows

@@ -309,7 +309,7 @@ def upper_bound(k, n, level=0.95):
 
 def table(scores):
     lines = [
-        f"{'rule':26}{'missed':>8}{'finite':>7}{'early':>6}"
+        f"{'rule':26}{'missed':>8}{'finite':>8}{'early':>6}"
         f"{'false':>7}{'(<95%)':>8}"
         f"{'delay':>6}{'90 %':>6}{'lead':>6}{'saved':>6}"
     ]
@@ -321,7 +321,7 @@ def table(scores):
         finite = f"{s['missed_diverged']}/{s['diverged']}"
         false = f"{s['false']}/{s['healthy']}"
         lines.append(
-            f"{s['rule']:26}{missed:>8}{finite:>7}{s['early']:>6}"
+            f"{s['rule']:26}{missed:>8}{finite:>8}{s['early']:>6}"
             f"{false:>7}{s['bound']:>8.1%}{''.join(cells)}{saved:>6}"
         )
     return "\n".join(lines)

@@ -5,13 +5,13 @@ the runs of a sweep? detection.py asks about runs whose loss rises; here most
 losses fall all the time, and end far above what another run reaches.
 
     python recipes/detection_sweeps.py runs/cpu-sensitivity runs/paper-lr \
-        --new runs/qkv-factorial
+        --until 2026-11-26T05 --new runs/qkv-factorial runs/where
 
 Reads directories of sweeps, unpacked from `archive.py`'s files too, replays
 every step and every table that is kept, and writes detection_sweeps.json. Runs
 that the monitor ended while they were recorded count as ended there. The
-sweeps after --new are counted by themselves: the rule for collapsed attention
-was chosen on the others.
+sweeps after --new are counted by themselves, and so are runs that were started
+after --until: the rule for collapsed attention was chosen on the others.
 
 What became of a run, by its loss alone; the best run is that of the sweep,
 any method, with the same seed:
@@ -21,6 +21,11 @@ any method, with the same seed:
     lost     ends over 0.5 above the best run, and has an onset
     healthy  ends at most 0.25 above its method's best, and is not lost
     degraded the others: to stop them is neither a success nor a false alarm
+
+A run that the monitor ended has the loss of the step where it was ended, and
+nobody knows how it would have gone on. `behind` is how far the median of its
+last 21 losses is above the best run's at the same step, `ended` whether it is
+such a run.
 """
 
 import argparse
@@ -57,10 +62,15 @@ def curves(outcome):
     return run, shares
 
 
-def label(outcome, run, best, best_run, own):
-    """What became of a run, and since when: see above."""
+def apart(run, best_run):
+    """How far medians of 21 losses are above the best run's, at each step."""
     steps = min(len(run["loss"]), len(best_run["loss"]))
-    far = middle(run["loss"][:steps]) > middle(best_run["loss"][:steps]) + NEAR
+    return middle(run["loss"][:steps]) - middle(best_run["loss"][:steps])
+
+
+def label(outcome, behind, best, own):
+    """What became of a run, and since when: see above."""
+    far, steps = behind > NEAR, len(behind)
     since = steps + 1 - int(np.argmin(far[::-1])) if not far.all() else 1
     if outcome.loss > best.loss + FAR and since < steps:
         return "diverged", since
@@ -78,10 +88,12 @@ def rows_of(path):
         best = min((b for b in found if b.seed == o.seed), key=lambda b: b.loss)
         own = min(b.loss for b in found if b.label == o.label)
         run, shares = read[id(o)]
-        became, onset = label(o, run, best, read[id(best)][0], own)
+        behind = apart(run, read[id(best)][0])
+        became, onset = label(o, behind, best, own)
         ours = judge(run, warmup, shares)
         halt, why = ours["halt"], ours["verdict"]
-        if halt is None and o.steps_done < o.steps:
+        ended = o.steps_done < o.steps
+        if halt is None and ended:
             # Ended when it was recorded, by more tables than are kept.
             halt, why = o.steps_done, o.verdict
         fired = {"ours: halt": halt}
@@ -90,7 +102,10 @@ def rows_of(path):
         yield {
             "name": str(Path(o.path).relative_to(sweep.path.parent)),
             "label": became,
+            "started": ks.read_run(o.path).get("started", ""),
             "loss": o.loss,
+            "behind": float(behind[-1]),
+            "ended": ended,
             "onset": onset,
             "steps": len(run["loss"]),
             "verdict": why,
@@ -106,6 +121,7 @@ def summary(rows):
     return {
         "runs": len(rows),
         "degraded": sum(row["label"] == "degraded" for row in rows),
+        "ended": sum(row["ended"] for row in rows),
         "healthy_steps": steps,
         "spikes_in_10000_healthy_steps": 1e4 * spikes / steps,
         "table": [score(rows, rule) for rule in rows[0]["fired"]],
@@ -121,12 +137,17 @@ def main(arguments=None):
     add = parser.add_argument
     add("sweeps", nargs="+", metavar="DIR", help="the rule was chosen on these")
     add("--new", nargs="+", metavar="DIR", default=[], help="and not on these")
+    add("--until", metavar="TIME", help="what was started later is new too")
     add("--out", default="recipes/results/detection_sweeps.json")
     args = parser.parse_args(arguments)
     result = {"schema": 1}
     try:
-        for name, paths in (("chosen on", args.sweeps), ("new", args.new)):
-            rows = [row for path in paths for row in rows_of(path)]
+        parts = {"chosen on": [], "new": []}
+        for row in (row for path in args.sweeps for row in rows_of(path)):
+            late = args.until is not None and row["started"] > args.until
+            parts["new" if late else "chosen on"].append(row)
+        parts["new"] += [row for path in args.new for row in rows_of(path)]
+        for name, rows in parts.items():
             if not rows:
                 continue
             result[name] = {**summary(rows), "rows": rows}

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
 from test_sweeps import RATES
 from test_sweeps import RECIPES
@@ -16,6 +17,7 @@ import keras_stable as ks
 
 sys.path.append(str(RECIPES))
 import archive
+import claims
 
 RESULTS = RECIPES / "results"
 ARCHIVES = sorted(RESULTS.glob("*.tar.xz"))
@@ -111,3 +113,61 @@ def test_tables_in_the_text_are_of_the_committed_results(file):
     text = (RECIPES / "README.md").read_text()
     table = ks.format_sweep_table(record["arms"], "markdown")
     assert table in text, f"The table of {file.name} is stale."
+
+
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory):
+    """The committed sweep of the paper's ten methods."""
+    to = tmp_path_factory.mktemp("paper")
+    return unpack(RESULTS / "paper-lr.tar.xz", to)
+
+
+def test_claims_in_the_text_are_of_the_committed_curves(paper, capsys):
+    claims.main([str(paper.path)])
+    *tables, order, low, high, higher, qkv, cap = capsys.readouterr().out.split(
+        "\n\n"
+    )
+    text = (RECIPES / "README.md").read_text()
+    for table in tables:
+        assert table in text, "A table of claims is stale."
+    assert order == "order of the edges, 7 methods: 0.75"
+    text = " ".join(text.split())
+    assert "rates is 0.75, over the seven methods" in text
+    assert low.endswith("6 methods: 0.54") and high.endswith("5 methods: 0.80")
+    assert higher.endswith("5 methods: 0.60")
+    assert "0.54 (six methods) and 0.80 (five), and 0.60 (five)" in text
+    first = {
+        label: ks.output_norms(paper.path / f"{label}/lr-0.006/seed-0", 1)[1]
+        for label in ("soft_clip", "baseline")
+    }
+    first = [f"{np.median(norms['proj']):.2f}" for norms in first.values()]
+    assert first == ["0.07", "1.67"]
+    assert qkv.endswith("0 to inf, 1.5 is open") and "is open" in cap
+
+
+def test_what_the_text_says_of_repeats():
+    """One configuration in three sweeps: how far its runs differ."""
+    same = ("where", "baseline"), ("cap", "cap=inf")
+    same += (("precision", "baseline.float32"),)
+    losses = {}
+    for name, label in same:
+        record = ks.records.read_json(str(RESULTS / f"{name}.json"))
+        for run in record["runs"]:
+            if run["label"] == label:
+                key = run["learning_rate"], run["seed"]
+                losses.setdefault(key, []).append(run["loss"])
+    assert len(losses) == 15 and {len(v) for v in losses.values()} == {3}
+    apart = {key: max(v) - min(v) for key, v in losses.items()}
+
+    def ends(*rates):
+        own = [d for (rate, _), d in apart.items() if rate in rates]
+        return f"{min(own):.2f} to {max(own):.2f}"
+
+    assert ends(3e-3) == "0.01 to 0.01" and ends(8e-3) == "0.02 to 0.04"
+    assert ends(2e-2, 6e-2, 2e-1) == "0.01 to 0.17"
+
+
+def test_claims_are_of_ten_methods(tmp_path):
+    sweep = ks.Sweep(tmp_path / "a", arms("a"), ks.Ladder(RATES, (0,)))
+    with pytest.raises(SystemExit, match="claims: .*ten methods"):
+        claims.main([str(sweep.path)])

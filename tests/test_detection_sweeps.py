@@ -44,7 +44,10 @@ def sweep(path):
             rate,
             losses=losses + 0.02 * rng.normal(size=STEPS),
             label=label,
-            record={"validation_loss": float(losses[-1])},
+            record={
+                "validation_loss": float(losses[-1]),
+                "started": f"2026-01-0{1 + (label == 'slow')}T00:00:00+00:00",
+            },
             entropies=lambda step, e=entropy: (e, e if step > 100 else 0.5),
             steps=STEPS,
         )
@@ -80,6 +83,18 @@ def test_what_became_of_runs_and_when_rules_fire(tmp_path, capsys):
     assert "6 runs, 1 degraded" in capsys.readouterr().out
 
 
+def test_what_was_started_later_is_new_too(tmp_path):
+    out = tmp_path / "result.json"
+    path, until = sweep(tmp_path / "edge"), "2026-01-01T12"
+    detection_sweeps.main([str(path), "--until", until, "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert (result["chosen on"]["runs"], result["new"]["runs"]) == (4, 2)
+    # Judged beside the whole sweep, and none of them ended by the monitor.
+    assert result["new"]["degraded"] == 1 and result["new"]["ended"] == 0
+    behind = [row["behind"] for row in result["new"]["rows"]]
+    assert np.allclose(behind, (0.1, 0.4), atol=0.03)
+
+
 def test_bad_input_is_one_clear_sentence(tmp_path):
     with pytest.raises(SystemExit, match="detection_sweeps: "):
         detection_sweeps.main([str(tmp_path / "nowhere")])
@@ -91,5 +106,26 @@ def test_the_tables_in_the_text_are_the_committed_ones():
     for name in ("chosen on", "new"):
         table = detection.table(result[name]["table"])
         assert table in text, f"The table {name!r} is stale."
-        runs = f"{result[name]['runs']} runs"
+        degraded = result[name]["degraded"]
+        runs = f"{result[name]['runs']} runs, {degraded} degraded"
         assert runs in text
+    text = " ".join(text.split())
+    ours = [result[name]["table"][0] for name in ("chosen on", "new")]
+    false, healthy = (sum(o[k] for o in ours) for k in ("false", "healthy"))
+    bound = detection.upper_bound(false, healthy)
+    assert f"{false} of {healthy} healthy runs is stopped" in text
+    assert f"(at most {bound:.1%} of such" in text
+    lost = sum(o["lost"] for o in ours)
+    stopped = lost - sum(o["missed"] for o in ours)
+    assert f"{stopped} of {lost} lost ones" in text
+    # What was ended as it was recorded, and where it stood then.
+    rows = result["new"]["rows"]
+    ended = [row for row in rows if row["ended"]]
+    assert f"{len(ended)} of the new runs were ended" in text
+    far = sum(row["behind"] > 0.5 for row in ended)
+    assert f"{far} of them were over 0.5 behind" in text
+    assert all(row["behind"] > 0.25 for row in ended)
+    rows = [r for r in rows if r["label"] == "diverged" and not r["ended"]]
+    halts = [row["fired"]["ours: halt"] is not None for row in rows]
+    assert f"the {len(rows)} lost runs that went on" in text
+    assert f"stops {sum(halts)}." in text

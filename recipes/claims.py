@@ -1,0 +1,180 @@
+"""Which of the paper's claims does a sweep of its ten methods reproduce?
+
+    tar -C runs -xf recipes/results/paper-lr.tar.xz
+    python recipes/claims.py runs/paper-lr
+
+Prints the final validation loss of every run, beside the rates at which
+arXiv 2410.16682 has each method diverge; how much more the linear layers of
+some runs put out than those of others; and what is computed of both: the rank
+correlation with the paper's order, and the ratio of two edges. Judge by them.
+
+A method that is stable at all rates of the ladder diverges above them, or
+never: its first unstable rate counts as infinite, and equals that of others
+such. One that has not run at all of them, and is stable so far, has no place
+in the order. Medians over blocks are compared at the last table that both
+runs have, at most a tenth of the steps apart.
+"""
+
+import argparse
+import itertools
+import math
+import os
+import sys
+
+# Reads files alone: whichever backend is there.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras_stable as ks
+
+# Runs whose output norms are compared, and with which.
+SAME_RATE = (
+    ("baseline", (6e-3, 8e-3, 2e-2, 4e-2, 6e-2, 8e-2)),
+    ("soft_temp", (6e-3, 2e-2)),
+    ("soft_cap", (6e-3, 2e-2)),
+    ("soft_clip", (6e-3, 2e-2)),
+    ("layer_scale", (6e-3, 2e-2)),
+)
+TENTH = ("baseline", "soft_cap", "qk_norm", "sigma_reparam")
+
+
+def by_rate(sweep):
+    """`{label: {rate: outcome}}` of a sweep with one seed."""
+    return {
+        label: {o.learning_rate: o for o in sweep.outcomes(label)}
+        for label in sweep.arms
+    }
+
+
+def rates_of(found):
+    return sorted({rate for runs in found.values() for rate in runs})
+
+
+def edges(found):
+    """First unstable rates here and in the paper, of what is known."""
+    here, there = {}, {}
+    for label, runs in found.items():
+        high = ks.stability_interval(runs.values()).high
+        if math.isfinite(high) or len(runs) == len(rates_of(found)):
+            here[label] = high
+            there[label] = ks.PUBLISHED[label].interval.high
+    return here, there
+
+
+def losses(found):
+    """A table of losses: a row for each method, `*` for what is unstable."""
+    rates = rates_of(found)
+    head = ["method", *(f"{rate:g}" for rate in rates)]
+    rows = [[*head, "unstable from", "in the paper"], ["---"] * (len(head) + 2)]
+    for label, runs in found.items():
+        cells = [
+            f"{runs[r].loss:.3f}{'' if runs[r].stable else ' *'}"
+            if r in runs
+            else ""
+            for r in rates
+        ]
+        interval = ks.stability_interval(runs.values())
+        known = ks.PUBLISHED[label].interval
+        ends = [
+            f"{i.high:g}" if i.first_unstable else f"above {i.low:g}"
+            for i in (interval, known)
+        ]
+        rows.append([label, *cells, *ends])
+    return markdown(rows)
+
+
+def pairs(found):
+    """Runs to be compared: at the same rate, and at a tenth of it."""
+    for label, rates in SAME_RATE:
+        for rate in rates:
+            yield found[label].get(rate), found["qk_norm"].get(rate)
+    for label, rate in itertools.product(TENTH, (6e-2, 8e-2)):
+        yield found[label].get(rate), found[label].get(rate / 10)
+
+
+def growth(found):
+    """A table of output norms of runs over those of others."""
+    rows = [["run", "over", "steps", "QKV", "Proj", "FC1", "FC2"], ["---"] * 7]
+    for run, other in pairs(found):
+        if run is None or other is None:
+            continue
+        tables = [sorted(ks.read_health(o.path).tables) for o in (run, other)]
+        near = [
+            step
+            for step in tables[0]
+            if min(abs(step - t) for t in tables[1]) <= step / 10
+        ]
+        grown = ks.output_growth(run.path, other.path, max(near))
+        middle = grown.middle()
+        rows.append(
+            [
+                *(
+                    f"{o.label} {o.learning_rate:g}{'' if o.stable else ' *'}"
+                    for o in (run, other)
+                ),
+                f"{grown.step}, {grown.reference_step}",
+                *(f"{middle[k]:.1f}" for k in ("qkv", "proj", "fc1", "fc2")),
+            ]
+        )
+    return markdown(rows)
+
+
+def perplexities(found, rate):
+    """Losses at a rate and the paper's perplexities, of methods with both."""
+    both = [
+        (runs[rate].loss, ks.PUBLISHED[label].perplexity)
+        for label, runs in found.items()
+        if rate in runs and math.isfinite(ks.PUBLISHED[label].perplexity)
+    ]
+    return [*zip(*both)]
+
+
+def markdown(rows):
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def sentences(found):
+    """What the tables give in one number each."""
+    here, there = edges(found)
+    rank = ks.rank_correlation(*map(list, (here.values(), there.values())))
+    yield f"order of the edges, {len(here)} methods: {rank:.2f}"
+    for rate in rates_of(found):
+        known = perplexities(found, rate)
+        if known and len(known[0]) > 4:
+            rank = ks.rank_correlation(*known)
+            yield (
+                f"order of the losses at {rate:g} and of the paper's "
+                f"perplexities at 3e-4, {len(known[0])} methods: {rank:.2f}"
+            )
+    base = ks.stability_interval(found["qk_norm"].values())
+    for label in ("qkv_norm", "qk_norm_cap"):
+        interval = ks.stability_interval(found[label].values())
+        low, high = ratio = ks.compare(interval, base)
+        yield (
+            f"edge of {label} to qk_norm's: {low:g} to {high:g}, 1.5 is "
+            f"{ks.reproduces(ratio)}"
+        )
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("sweep", help="its directory: `paper-lr`, one seed")
+    args = parser.parse_args(arguments)
+    try:
+        found = by_rate(ks.Sweep(args.sweep))
+        missing = [x for x in found if x not in ks.PUBLISHED]
+        if missing or not {"qk_norm", "qkv_norm", "qk_norm_cap"} <= {*found}:
+            raise ValueError(
+                "The claims are of the paper's ten methods. Received a sweep "
+                f"of {', '.join(found)}"
+            )
+        print(losses(found), growth(found), *sentences(found), sep="\n\n")
+    except (ValueError, OSError) as error:
+        sys.exit(f"claims: {error}")
+
+
+if __name__ == "__main__":
+    main()
