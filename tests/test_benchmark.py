@@ -237,6 +237,8 @@ def test_settings_and_sweeps():
         ("recipes/README.md", "speed-h100-two.json"),
         ("recipes/README.md", "speed-h200-jax.json"),
         ("recipes/README.md", "speed-h200-remat.json"),
+        ("recipes/README.md", "speed-h200-cap.json"),
+        ("recipes/README.md", "speed-h200-clip.json"),
         ("recipes/README.md", "scaling-h100-depth.json"),
         ("recipes/README.md", "scaling-h100-width.json"),
         ("recipes/README.md", "scaling-h100-length.json"),
