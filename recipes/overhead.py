@@ -2,7 +2,7 @@ r"""What the monitor costs: time and memory of a training step.
 
 Question: is training slower, or larger, or different, with the monitor on?
 One model trains in epochs of a few steps: without a monitor, with nothing but
-the numbers of every step (light), with the monitor's defaults, with the full
+the numbers of every step (light), with the monitor's defaults, with those and the policies "guard" and "recover", with the full
 table in every step, and without one again. Medians of the epochs. Then a
 small model trains three times from one seed, twice without and once with.
 
@@ -22,12 +22,14 @@ import statistics
 import tempfile
 import time
 
-# `every` of the monitor; None for no monitor.
+# `every` of the monitor and its policy; None for no monitor.
 MODES = {
     "plain": None,
-    "light": 10**9,
-    "default": "auto",
-    "full": 1,
+    "light": (10**9, "observe"),
+    "default": ("auto", "observe"),
+    "guard": ("auto", "guard"),
+    "recover": ("auto", "recover"),
+    "full": (1, "observe"),
     "plain_again": None,
 }
 
@@ -68,16 +70,18 @@ def batches(ks, np, vocabulary, *shape):
     return ks.TokenBatches(tokens, *shape).repeat()
 
 
-def monitor(ks, every):
-    if every is None:
+def monitor(ks, mode):
+    if mode is None:
         return []
+    every, policy = mode
     path = tempfile.mkdtemp()
-    return [ks.StabilityMonitor(path, every=every, verbose=0)]
+    return [ks.StabilityMonitor(path, policy, every, verbose=0)]
 
 
 def timed(ks, keras, lm, data, mode, args):
     """Seconds a step in each epoch; the first ones compile and settle."""
-    settle = -(-60 // args.steps) if MODES[mode] == "auto" else 3
+    auto = MODES[mode] is not None and MODES[mode][0] == "auto"
+    settle = -(-60 // args.steps) if auto else 3
     ends = []
     clock = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda *_: ends.append(time.perf_counter())
@@ -110,7 +114,9 @@ def differences(ks, keras, np, args):
             batches(ks, np, 256, 8, 128),
             steps_per_epoch=args.compare,
             verbose=0,
-            callbacks=monitor(ks, 1 if name == "monitored" else None),
+            callbacks=monitor(
+                ks, (1, "observe") if name == "monitored" else None
+            ),
         )
         weights = [np.asarray(w, "float64") for w in lm.get_weights()]
         found[name] = np.concatenate([w.ravel() for w in weights])

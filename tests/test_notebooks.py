@@ -1,6 +1,7 @@
 """Notebooks run top to bottom, at smaller settings than they are stored."""
 
 import dataclasses
+import math
 import os
 import re
 from pathlib import Path
@@ -76,7 +77,25 @@ def find_the_edge(printed):
     assert re.search(r"report\.html, \d\.\d MB", printed)
 
 
+def break_it_and_save_it(printed):
+    losses = re.findall(r"(\w+): validation loss (\S+), (\d+) steps", printed)
+    found = {name: (float(loss), int(steps)) for name, loss, steps in losses}
+    assert set(found) == {"clean", "lost", "halted", "recovered", "mended"}
+    assert math.isnan(found["lost"][0]) and found["halted"][1] == 21
+    for name in ("clean", "recovered", "mended"):
+        assert 0 < found[name][0] < 5.6
+    assert "Training is lost: NONFINITE at step 21" in printed
+    assert "BAD_DATA: loss of batch 20 at step 21: nan" in printed
+    assert "BAD_STATE: loss of batch 29 at step 30: nan" in printed
+    assert '{"first": 0, "last": 220,' in printed
+
+
 NOTEBOOKS = {
+    "break_it_and_save_it": Expected(
+        {"700, 400, 560": "40, 20, 30", "2, 2, 64": "1, 2, 16", "16, 64": "4, 16"},
+        1,
+        break_it_and_save_it,
+    ),
     "find_the_edge": Expected(
         {
             # One rate: each run is a process, which takes its time.
