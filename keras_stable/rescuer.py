@@ -162,8 +162,9 @@ class Rescuer:
         if found is None:
             monitor._halt()
         monitor._lost, (event, state) = None, found
-        monitor._begin_anew(state)
+        # The steps before it are in the black box until then.
         monitor._tell([event])
+        monitor._begin_anew(state)
         monitor._tell_verdict(monitor.step)
 
     # Before each step.

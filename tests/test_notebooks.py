@@ -92,7 +92,11 @@ def break_it_and_save_it(printed):
 
 NOTEBOOKS = {
     "break_it_and_save_it": Expected(
-        {"700, 400, 560": "40, 20, 30", "2, 2, 64": "1, 2, 16", "16, 64": "4, 16"},
+        {
+            "700, 400, 560": "40, 20, 30",
+            "2, 2, 64": "1, 2, 16",
+            "16, 64": "4, 16",
+        },
         1,
         break_it_and_save_it,
     ),

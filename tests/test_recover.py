@@ -169,6 +169,19 @@ def test_a_broken_weight_is_mended():
     assert all(np.isfinite(w).all() for w in weights(model))
 
 
+def test_back_to_the_very_beginning(tmp_path):
+    bad = source(range(8, 20))
+    model, monitor = build(), monitor_of("recover", bad, path=tmp_path)
+    train(model, bad, monitor, steps=60)
+    (rewind,) = [e for e in monitor.events if e.detector == "rewind"]
+    assert rewind.value == 0 and int(model.optimizer.iterations) == 60
+    clean, plain = source(), build()
+    places = range(8 + 16, 8 + 16 + 60)
+    data = grain.MapDataset.source(places).map(lambda p: clean[p])
+    train(plain, data, steps=60)
+    assert_same(plain, model)
+
+
 def test_after_three_rewinds_it_halts():
     data = source(range(100, 2000))
     model, monitor = build(), monitor_of("recover", data)
