@@ -28,6 +28,12 @@ def check_runs(models, data, monitors):
     check_models(models)
     settings = []
     for monitor in monitors:
+        if monitor.policy not in ("observe", "halt"):
+            raise ValueError(
+                "Of several runs in one program none can go back or leave a "
+                "batch out: use policy='observe' or 'halt', or train them one "
+                f"by one. Received: {monitor.policy!r}"
+            )
         if monitor.every is None:
             raise ValueError(
                 "`every=None` measures nothing, and would wait for the device "

@@ -58,7 +58,7 @@ def train_many(models, data, monitors, vectorised=None):
         data: list of K datasets with a length, as `TokenBatches`, or lists of
             batches; one epoch of each is trained on.
         monitors: list of K `StabilityMonitor`s, equal but for `path` and
-            `policy`. `every=None` is refused.
+            `policy`, `"observe"` or `"halt"`. `every=None` is refused.
         vectorised: bool. Whether the program is batched (`vmap`), or loops
             over the runs. Defaults to None: a loop on a CPU, where it is
             faster.

@@ -269,3 +269,64 @@ def test_autopsies(bad, step, cause):
 def test_arguments_that_do_not_go_together_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ks.StabilityMonitor(**arguments)
+
+
+class Spoiled(ks.TokenBatches):
+    """Batches whose weights are NaN at some places."""
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        inputs, targets = super().__getitem__(index)
+        bad = self.first_step + index in range(50, 60)
+        weights = np.full(targets.shape, np.nan if bad else 1.0, "float32")
+        return inputs, targets, weights
+
+
+class Killed(Exception):
+    pass
+
+
+def resumable(path, kill=None):
+    """A language model that is trained until it is killed, or to its end."""
+    keras.utils.set_random_seed(0)
+    lm = ks.StableCausalLM(ks.StableBackbone(31, 1, 2, 16, seed=0))
+    lm.compile(ks.AdamW(ks.WarmupSchedule(1e-2, 100, warmup_steps=5)))
+    tokens = np.random.default_rng(3).integers(0, 31, 4000)
+    data = Spoiled(tokens, 4, 8)
+    monitor = monitor_of("recover", data, path=path, every=10)
+    checkpoints = ks.Checkpoints(
+        path / "checkpoints", every=20, data=data, monitor=monitor
+    )
+    made = checkpoints.restore(lm)
+
+    def end(batch, logs=None):
+        if monitor.step >= (kill or 10**9):
+            raise Killed
+
+    callbacks = [
+        *(monitor, checkpoints),
+        keras.callbacks.LambdaCallback(on_train_batch_begin=end),
+    ]
+    try:
+        while (left := 100 + monitor.undone - made) > 0:
+            some = data.repeat()[:left]
+            lm.fit(some, callbacks=callbacks, verbose=0)
+            made += left
+            data.set_state(data.get_state(monitor.position))
+    except Killed:
+        pass
+    finally:
+        checkpoints.close()
+        monitor.close()
+    return lm, monitor
+
+
+@pytest.mark.parametrize("kill", [45, 75, 118])
+def test_resumed_training_is_that_which_was_not_killed(tmp_path, kill):
+    whole, monitor = resumable(tmp_path / "whole")
+    assert kinds(monitor).count("rewind") == 1 and monitor.undone
+    resumable(tmp_path / "killed", kill)
+    lm, again = resumable(tmp_path / "killed")
+    assert (again.position, again.step) == (monitor.position, monitor.step)
+    assert_same(whole, lm)

@@ -387,6 +387,7 @@ REFUSED = {
     "interval": (dict(every=2), "share the monitor's every"),
     "layers": (dict(watch="mlp"), "share the monitor's every"),
     "unwatched": (dict(every=None), "measures nothing"),
+    "guarded": (dict(policy="guard"), "none can go back"),
     "empty": (dict(steps=0), "Dataset 1 has no batches"),
 }
 
