@@ -174,10 +174,14 @@ class Backups:
         found = [b for b in self._settled() if b.certified]
         return min(found, key=lambda backup: backup.step, default=None)
 
-    def drop(self, after):
-        """Forgets what is not certified and later than a step."""
-        settled = self._settled()
-        self._keep([b for b in settled if b.certified or b.step <= after])
+    def drop(self, after, certified=False):
+        """Forgets what is later than a step and not certified; or all of it."""
+        kept = [
+            backup
+            for backup in self._settled()
+            if backup.step <= after or (backup.certified and not certified)
+        ]
+        self._keep(kept)
 
     def newest(self, before=None, certified=True):
         """The newest copy, or None.

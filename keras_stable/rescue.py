@@ -62,6 +62,9 @@ class Rescue:
         most: rewinds, and back-offs, in `horizon` steps; with the next the
             run is halted. Defaults to 3 in 10,000. Each rewind but the first
             of these also backs off.
+        directory: of the backups, a file each, in a directory of the run's
+            own. Defaults to None: they are in the host's memory, up to
+            `keep` and two times the size of weights and slots.
 
     Raises:
         ValueError: for a number out of range.
@@ -88,6 +91,7 @@ class Rescue:
     rewarmup: int = 100
     most: int = 3
     horizon: int = 10_000
+    directory: str | None = None
 
     def __post_init__(self):
         for name, low in (("loss_rise", 0), ("sigma", 0), ("share", 0)):

@@ -52,7 +52,7 @@ class Rescuer:
         self.rescue, self.recovers, self.autopsy = rescue, recovers, autopsy
         self.guard, self.rungs = Guard(), Rungs(rescue, recovers)
         self.feed = None if data is None else Feed(data)
-        self.backups = None
+        self.model = self.backups = None
         self.place = 0 if self.feed is None else self.feed.position
         self.undone = self._backed_up = 0
         self._dropping = 0  # Places below it are left out.
@@ -106,15 +106,19 @@ class Rescuer:
             step: the last that was made.
             path: of the run's directory, or None.
         """
-        self.model, self._ledger = model, path and Path(path) / LEDGER
+        new, self.model = self.model is not model, model
+        self._ledger = path and Path(path) / LEDGER
         if self.feed is not None:
             # Where `fit` begins.
             self.place = getattr(self.feed.data, "first_step", self.place)
             self.feed.seek(self.place)
             if self._ledger and self._ledger.exists():
                 self._read()
-        if (self.recovers or self.autopsy) and self.backups is None:
-            self.backups = Backups(model, keep=self.rescue.keep)
+        if new and (self.recovers or self.autopsy):
+            rescue = self.rescue
+            self.backups = Backups(model, rescue.directory, rescue.keep)
+            # Of a process before: what was after this is another course.
+            self.backups.drop(after=step, certified=True)
             self.backups.take(step, self.place, certified=True)
             self._backed_up = step
 

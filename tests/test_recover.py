@@ -1,5 +1,6 @@
 """Runs that break, and go on: `StabilityMonitor` with guard and recover."""
 
+import dataclasses
 import json
 
 import grain
@@ -161,12 +162,23 @@ def test_a_rewind_is_a_run_that_never_saw_what_was_skipped(seeks):
     assert made == STEPS
 
 
-def test_a_broken_weight_is_mended():
-    data = source()
-    model, monitor = build(), monitor_of("recover", data)
+@pytest.mark.parametrize("files", [False, True])
+def test_a_broken_weight_is_mended(tmp_path, files):
+    data, rescue = source(), QUICK
+    if files:
+        rescue = dataclasses.replace(QUICK, directory=tmp_path / "copies")
+        # Of another run, which was here before.
+        old = monitor_of("recover", data, rescue)
+        train(build(3e-2), data, old, steps=120)
+        assert len(list((tmp_path / "copies").glob("*.npz"))) == 3
+    model, monitor = build(), monitor_of("recover", data, rescue)
     train(model, data, monitor, callbacks=[break_weight(model, 150)])
     assert kinds(monitor).count("rewind") == 1
     assert all(np.isfinite(w).all() for w in weights(model))
+    if files:
+        other, same = build(), monitor_of("recover", data)
+        train(other, data, same, callbacks=[break_weight(other, 150)])
+        assert_same(other, model)
 
 
 def test_back_to_the_very_beginning(tmp_path):
