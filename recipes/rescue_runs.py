@@ -10,7 +10,7 @@ warm-up that is left out. Each broken run is made with the policies "observe",
 clean twin's.
 
     python recipes/rescue_runs.py --jobs 2
-    python recipes/rescue_runs.py --table recipes/results/rescue.json
+    python recipes/rescue_runs.py --save recipes/results/rescue.json
 
 Each run is a process of its own, and a file in `--out`; those that are there
 are not run again. About 20 seconds a run on one CPU core; the whole suite an
@@ -35,6 +35,7 @@ from detection_models import KINDS
 POLICIES = ("observe", "guard", "recover")
 STEPS, EVALUATION = 1000, 16
 CLOSE = 0.05  # Nats: as good as the clean twin.
+NOT_KEPT = ("command", "git_commit", "started")  # Of each run.
 DEFAULTS = {
     "kind": "lm",
     "scale": "small",
@@ -279,6 +280,16 @@ def table(rows):
     return "\n".join(f"| {' | '.join(map(str, x))} |" for x in lines)
 
 
+def same(records):
+    """How many clean runs with a policy end with the loss of those without."""
+    losses = {(r["name"], r["policy"]): r["loss"] for r in records}
+    return sum(
+        loss == losses.get((name, "observe"))
+        for (name, policy), loss in losses.items()
+        if name.endswith("-none") and policy != "observe"
+    )
+
+
 def interventions(records):
     """Of clean runs: how many there are, and how many were touched."""
     clean = [
@@ -373,11 +384,18 @@ def main(arguments=None):
     count, touched = interventions(records)
     print(f"clean runs with a policy: {count}; touched: {touched}")
     if args.save:
+        made = {k: records[0][k] for k in ("versions", "device", "backend")}
         result = {
             "schema": 1,
             "command": "python recipes/rescue_runs.py",
+            "git_commit": records[0]["git_commit"],
+            **made,
             "rows": rows,
-            "runs": records,
+            "clean": {"runs": count, "touched": touched, "same": same(records)},
+            "runs": [
+                {k: v for k, v in r.items() if k not in (*made, *NOT_KEPT)}
+                for r in records
+            ],
         }
         Path(args.save).write_text(json.dumps(result, indent=1) + "\n")
 
