@@ -1,5 +1,7 @@
 """Leaving a bad batch out, inside the step that met it: `Guard`."""
 
+import threading
+
 from keras import ops
 
 from keras_stable import backend
@@ -61,8 +63,10 @@ class Guard:
         return float(self.loss), float(self.gradient_norm), float(self.rate)
 
 
-class GuardedStep:
+class GuardedStep(threading.local):
     """A guard at work: what its numbers are within a step, and what it did.
+
+    Each thread has its own: TensorFlow traces each replica in one.
 
     Attributes:
         numbers: the guard's three, tensors or floats, while a step is traced
@@ -72,8 +76,8 @@ class GuardedStep:
             `put_back` restores.
     """
 
-    def __init__(self, guard):
-        self.guard, self.store = guard, {}
+    def __init__(self, guard, store):
+        self.guard, self.store = guard, store
         self.numbers = self.left_out = None
         self.kept = []
 

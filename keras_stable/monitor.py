@@ -67,7 +67,8 @@ class StabilityMonitor(keras.callbacks.Callback):
             keeps to `max_overhead`, and after a warning looks at 200 steps in
             a row, once in 1000 steps. An integer is kept to. None measures
             nothing: the compiled program is the plain one, and only the loss
-            is judged.
+            is judged. In several processes of torch and under `tf.distribute`
+            "auto" has scalars of the whole batch alone; integers are refused.
         watch, exclude: regular expressions for layers: see `watch`.
         inputs: bool. Whether inputs of layers are measured too.
         max_overhead: share of a step's time that tables may cost, on average.
@@ -99,8 +100,8 @@ class StabilityMonitor(keras.callbacks.Callback):
         ValueError: at construction, for a value out of range.
         OSError: in `fit` before the first step, if `path` cannot be written.
 
-    >>> monitor = StabilityMonitor("runs/a", policy="halt")  # doctest: +SKIP
-    >>> model.fit(x, y, callbacks=[monitor])                 # doctest: +SKIP
+    >>> monitor = StabilityMonitor("runs/a", "halt")  # doctest: +SKIP
+    >>> model.fit(x, y, callbacks=[monitor])          # doctest: +SKIP
     """
 
     # Its work is done in the main thread, before each step; what Keras may
@@ -146,19 +147,17 @@ class StabilityMonitor(keras.callbacks.Callback):
         self._rescuer = Rescuer.of(policy, rescue, data, autopsy, every)
         if self._rescuer is not None:
             self._what["guard"] = self._rescuer.guard
-        self._warmup_steps = warmup_steps
-        self._budget = Budget(every, max_overhead)
+        self._budget, self._tables = Budget(every, max_overhead), False
         self._watch = self._diagnosis = self._names = None
         self._places = None  # Of steps in the data, while `fit` goes on.
-        self._saved = -math.inf
         # Full tables until one step; no more for a warning until another.
         self._alert = self._calm = 0
         self._lag = 0  # Of the optimizer's count: what loss scaling skipped.
-        self._reported = ReportedLosses()
+        self._reported, self._warmup_steps = ReportedLosses(), warmup_steps
         self.step, self.last = 0, {}
         self.worst = self._kept = Verdict.OK
-        self._lost = None  # Event for which it must go back.
-        self._place, self._offsets, self._state = (0, -1), {}, None
+        self._lost = self._state = None  # Event for which it must go back.
+        self._place, self._offsets, self._saved = (0, -1), {}, -math.inf
 
     @property
     def verdict(self):
@@ -184,8 +183,6 @@ class StabilityMonitor(keras.callbacks.Callback):
     def undone(self):
         return self._rescuer.undone if self._rescuer else 0
 
-    # What `fit` calls.
-
     def on_train_begin(self, logs=None):
         model = self.model
         for monitor in (self, vars(model).get(AT_WORK, self)):
@@ -201,14 +198,17 @@ class StabilityMonitor(keras.callbacks.Callback):
             if self.path is not None and backend.is_writer():
                 self._chronicle.open(self.path)
             if self.every is not None:
-                self._watch = self._begin_watch(model, **self._what)
+                part = self.every == "auto" and backend.sees_a_part(model)
+                what = {**self._what, "tables": not part}
+                self._watch = self._begin_watch(model, **what)
+                self._tables = not part
                 model.make_train_function()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._begun is None:
             with self._ending_on_error():
                 memory.begin(self)
-                if self.every is None:
+                if not self._tables:
                     self._diagnose(None)
                 if self._rescuer is not None:
                     self._rescuer.begin(self._model, self._begun, self.path)
@@ -223,16 +223,17 @@ class StabilityMonitor(keras.callbacks.Callback):
             host = self._take(keep=1)
             if self._rescuer is not None:
                 host += self._rescuer.before_step(self)
-            if self._watch is not None:
+            if self._tables:
                 steps = range(self._begun, self._begun + self._size)
                 full = any(map(self._budget.full, steps))
                 # Detectors are made of what the first table holds.
                 full = full or not (self._layout or self._places)
                 self._watch.full = full or self._begun < self._alert
+            if self._watch is not None:
                 self._watch.shown = {"verdict": float(self.verdict)}
         self._places.append((self._epoch, self._offset + batch))
         self._begun += self._size
-        report = self._budget.tick(host)
+        report = self._budget.tick(host) if self._tables else None
         if report is not None:
             self._chronicle.write("overhead", step=self.step, **report)
 
@@ -246,6 +247,8 @@ class StabilityMonitor(keras.callbacks.Callback):
             if self._lost is not None:
                 self._rescuer.save(self)
             self._begun = self.step  # The last execution may be a part.
+            if self._rescuer is not None:
+                self._rescuer.settle(self.step)
             self._lag = self.step - internals.batches_seen(self.model.optimizer)
             if logs is not None:
                 logs.update(self._summary.logs())
@@ -272,8 +275,6 @@ class StabilityMonitor(keras.callbacks.Callback):
         if self.path is not None and backend.is_writer():
             cut(self.path, state["step"], state["bytes"])
 
-    # One step after the other.
-
     @contextlib.contextmanager
     def _ending_on_error(self):
         """Leaves the model as it was, also if the user interrupts."""
@@ -287,8 +288,7 @@ class StabilityMonitor(keras.callbacks.Callback):
         """Takes in steps that are done; returns seconds spent, not waited."""
         begin = time.perf_counter()
         if self._watch is None:
-            executions = self._reported.executions()
-            waited = 0.0
+            executions, waited = self._reported.executions(), 0.0
         else:
             executions = self._watch.executions(keep)
             waited = time.perf_counter() - begin

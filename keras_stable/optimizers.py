@@ -137,14 +137,23 @@ class AdamW(_KerasAdamW):
         self.no_decay = _patterns(no_decay)
 
     def apply(self, grads, trainable_variables=None):
+        variables = trainable_variables or self._trainable_variables
+        self._apply_merged(self._merge(grads, variables), trainable_variables)
+
+    # Where replicas are observed, it is between these two.
+
+    def _apply_merged(self, grads, trainable_variables):
+        super().apply(grads, trainable_variables)
+
+    def _merge(self, grads, variables):
+        """The whole batch's gradients."""
         if keras.backend.backend() == "tensorflow":
             # `reshape` adds up the slices of sparse gradients.
-            variables = trainable_variables or self._trainable_variables
             grads = [
                 g if g is None else ops.reshape(g, v.shape)
                 for g, v in zip(grads, variables)
             ]
-        super().apply(backend.merge(grads), trainable_variables)
+        return backend.merge(grads)
 
     def _all_reduce_sum_gradients(self, grads_and_vars):
         """Nothing is left to sum: `apply` did it, before they are clipped.

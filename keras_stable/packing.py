@@ -12,10 +12,14 @@ heads, V trainable variables.
 """
 
 import dataclasses
+import threading
+from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 from keras import ops
 
+from keras_stable import backend
 from keras_stable import telemetry
 from keras_stable.logits import HEAD_STATISTICS
 from keras_stable.logits import MASKED
@@ -74,6 +78,24 @@ class Sample:
     tensors: np.ndarray | None = None
     heads: list | None = None
     variables: np.ndarray | None = None
+
+
+class Carried(NamedTuple):
+    """Predictions, and what the forward pass measured, on their way out."""
+
+    y_pred: Any
+    forward: Any
+
+
+class Traced(threading.local):
+    """What a step that is being traced, or run, found until now.
+
+    Each thread has its own: TensorFlow traces each replica in one.
+    """
+
+    def __init__(self):
+        self.forward = self.found = None
+        self.layout = Layout()
 
 
 def _by_shape(values):
@@ -179,6 +201,40 @@ def forward(full, tensors, heads, loss):
     return values, layout
 
 
+def of_all(values, squares):
+    """What was measured of a part of the batch, as it is of the whole.
+
+    Every number comes out of one exchange, so that all copies of the model
+    have the same bits, and decide the same.
+
+    Args:
+        values: of `forward`, of a light step.
+        squares: of the whole batch's gradients, (V,).
+
+    Returns:
+        `(values, squares)`: the loss is the mean, and what is counted of an
+        activation, or largest, is so in any part.
+    """
+    parts = [values["loss"], squares]
+    parts += [values[k] for k in ("tensors",) if k in values]
+    parts += values.get("heads", [])
+    flat = ops.concatenate([ops.reshape(x, (-1,)) for x in parts])
+    rows = backend.of_all(flat)
+    mean, largest = ops.mean(rows, axis=0), ops.max(rows, axis=0)
+    places = np.cumsum([1, *[int(np.prod(x.shape)) for x in parts[1:]]])
+    rest = [
+        ops.reshape(largest[begin:end], x.shape)
+        for begin, end, x in zip(places[1:], places[2:], parts[2:])
+    ]
+    # On TensorFlow each has its share of the loss.
+    found = {"loss": mean[0] * float(backend.replicas())}
+    if "tensors" in values:
+        found["tensors"] = rest.pop(0)
+    if "heads" in values:
+        found["heads"] = rest
+    return found, mean[1 : places[1]]
+
+
 def pack(full, values, updates, table):
     """The vector.
 
@@ -218,7 +274,8 @@ def unpack(vector, layout, full):
         ("first_nonfinite", layout.tensors),
         ("clean_gradient", layout.variables),
     ):
-        index = int(scalars[key])
+        # Not quite a whole number where replicas' numbers were averaged.
+        index = round(scalars[key])
         scalars[key] = names[index] if index >= 0 else None
     if not full:
         return Sample(scalars)

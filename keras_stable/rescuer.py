@@ -11,6 +11,7 @@ from typing import NamedTuple
 from keras_stable import autopsy
 from keras_stable import backend
 from keras_stable import json_files
+from keras_stable.backend import saving
 from keras_stable.backups import Backups
 from keras_stable.events import Event
 from keras_stable.events import Verdict
@@ -108,6 +109,12 @@ class Rescuer:
         """
         new, self.model = self.model is not model, model
         self._ledger = path and Path(path) / LEDGER
+        if self.feed is not None and backend.replicas() > 1:
+            raise ValueError(
+                "Under `tf.distribute`, batches cannot be taken from `data`. "
+                "Give none: after a rewind `fit` goes on with the batches "
+                "that come next."
+            )
         if self.feed is not None:
             # Where `fit` begins.
             self.place = getattr(self.feed.data, "first_step", self.place)
@@ -195,6 +202,15 @@ class Rescuer:
             guard.loss = -math.inf
         guard.rate = self.rungs.rate(step)
 
+    def settle(self, step):
+        """At an epoch's end: a step after it may be prepared in vain."""
+        if step + 1 in self._prepared:
+            self.place = self._prepared[step + 1].place
+            self._prepared.clear()
+            self._batches.clear()
+            if self.feed is not None:
+                self.feed.seek(self.place)
+
     def next_batch(self):
         return self._batches.popleft()
 
@@ -261,7 +277,7 @@ class Rescuer:
         if not self.recovers or not self.rungs.may_rewind(step):
             return None
         backup = self.backups.newest(before=onset - self.rescue.margin)
-        backup = backup or self.backups.oldest()
+        backup = self._agreed(backup or self.backups.oldest())
         if backup is None or backup.step >= onset:
             return None
         last = self.seen[onset].place if onset in self.seen else self.place - 1
@@ -286,6 +302,17 @@ class Rescuer:
         value = float(backup.step)
         event = Event(step, onset, "rewind", "weights", value, detail)
         return event, backup.extra
+
+    def _agreed(self, backup):
+        """Of several processes none goes back to another state."""
+        mine = -1 if backup is None else backup.step
+        step, _ = saving.agree_on(lambda: (mine, {}))
+        if step != mine:
+            raise RuntimeError(
+                f"The first process would go back to its copy of step {step}, "
+                f"and this one to that of step {mine}: its memory is short."
+            )
+        return backup
 
     def _record(self, entry):
         if self._ledger and backend.is_writer():

@@ -222,6 +222,9 @@ class Recorder:
 
 
 _local = threading.local()
+# Replicas of TensorFlow are traced in threads that take turns: the first that
+# begins intercepts for all, until the last ends.
+_threads, _interception = [], contextlib.ExitStack()
 
 
 def recorder():
@@ -229,17 +232,31 @@ def recorder():
     return getattr(_local, "recorder", None)
 
 
+def _observe(*args, **kwargs):
+    if recorder() is not None:
+        recorder().dot_product(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def _intercepted():
+    if not _threads:
+        attention = internals.intercept_attention(_observe)
+        _interception.enter_context(attention)
+    _threads.append(threading.current_thread())
+    try:
+        yield
+    finally:
+        _threads.pop()
+        if not _threads:
+            _interception.close()
+
+
 @contextlib.contextmanager
 def recording(value):
     """Makes `value` the `recorder()`, also for Keras's fused attention."""
     outer, _local.recorder = recorder(), value
-    observe = contextlib.nullcontext()
-    if outer is None:
-        observe = internals.intercept_attention(
-            lambda *args, **kwargs: recorder().dot_product(*args, **kwargs)
-        )
     try:
-        with observe:
+        with _intercepted() if outer is None else contextlib.nullcontext():
             yield value
     finally:
         _local.recorder = outer
@@ -265,9 +282,7 @@ def escaping(function, found=None):
         return None
 
     def inner(*args, **kwargs):
-        inside = Recorder(
-            outer.full, outer.inputs, outer.scope, outer.regions
-        )
+        inside = Recorder(outer.full, outer.inputs, outer.scope, outer.regions)
         with recording(inside):
             result = function(*args, **kwargs)
         kept = (inside.tensors, inside.heads)

@@ -8,8 +8,6 @@ they find leaves the compiled step in its logs, as one vector (`packing`).
 import collections
 import functools
 import weakref
-from typing import Any
-from typing import NamedTuple
 
 import keras
 
@@ -29,14 +27,9 @@ KEY = "keras_stable_telemetry"
 _watched = weakref.WeakValueDictionary()
 
 
-class Carried(NamedTuple):
-    """Predictions, and what the forward pass measured, on their way out."""
-
-    y_pred: Any
-    forward: Any
-
-
-def watch(model, include=None, exclude=None, inputs=False, guard=None):
+def watch(
+    model, include=None, exclude=None, inputs=False, guard=None, tables=True
+):
     """Measures each training step of a model, until it is told not to.
 
     Works for any built and compiled Keras model: `fit` and `train_on_batch`
@@ -55,14 +48,19 @@ def watch(model, include=None, exclude=None, inputs=False, guard=None):
         exclude: regular expression: which of these are not.
         inputs: bool. Whether the inputs of these layers are measured too.
         guard: `Guard`, which leaves out steps that do not keep to it, or None.
+        tables: bool. False: scalars alone are measured, and `full` stays
+            False. So it must be where each process of torch, or replica of
+            `tf.distribute`, sees a part of the batch: scalars are of the whole
+            there, if our `AdamW` merges the gradients.
 
     Returns:
         A `Watch`. It is a context manager; `remove()` ends it as well, and so
         does watching the model anew.
 
     Raises:
-        ValueError: if the model is not built or compiled, or an expression is
-            none or finds no layer.
+        ValueError: if the model is not built or compiled, an expression is
+            none or finds no layer; later, when it begins to train, if it
+            cannot be measured there.
 
     Example:
 
@@ -76,7 +74,8 @@ def watch(model, include=None, exclude=None, inputs=False, guard=None):
     before = _watched.get(id(model))
     if before is not None:
         before.remove()
-    _watched[id(model)] = new = Watch(model, include, exclude, inputs, guard)
+    new = Watch(model, include, exclude, inputs, guard, tables)
+    _watched[id(model)] = new
     return new
 
 
@@ -97,14 +96,19 @@ class Watch:
     """
 
     def __init__(
-        self, model, include=None, exclude=None, inputs=False, guard=None
+        self,
+        model,
+        include=None,
+        exclude=None,
+        inputs=False,
+        guard=None,
+        tables=True,
     ):
         _check(model)
-        self._guarded = None if guard is None else GuardedStep(guard)
-        self.full, self.inputs = True, inputs
-        self.layout = packing.Layout()
+        self._guarded = None if guard is None else GuardedStep(guard, {})
+        self.full, self.inputs, self._tables = tables, inputs, tables
         self.layouts, self._programs, self._store = {}, {}, {}
-        self._forward = self._found = self._optimizer = None
+        self._traced, self._optimizer = packing.Traced(), None
         self.measures = True
         self.shown, self.feed, self._fed = {}, None, {}
         self._pending, self._seen = collections.deque(maxlen=1000), {}
@@ -204,7 +208,7 @@ class Watch:
         recorder = telemetry.recorder()
         if recorder is not None and recorder.open:
             recorder.open = False
-            self._forward = self._summarize(recorder, loss)
+            self._traced.forward = self._summarize(recorder, loss)
         return loss
 
     def _summarize(self, recorder, loss):
@@ -217,40 +221,40 @@ class Watch:
             ]
 
         tensors, heads = reached(recorder.tensors), reached(recorder.heads)
-        values, self.layout = packing.forward(
-            recorder.full, tensors, heads, loss
-        )
+        values, layout = packing.forward(recorder.full, tensors, heads, loss)
         names = {r.name for r in (*recorder.tensors, *recorder.heads)}
-        names -= {*self.layout.tensors, *self.layout.heads}
-        self.layout.unreachable = sorted(names)
+        names -= {*layout.tensors, *layout.heads}
+        layout.unreachable = sorted(names)
+        self._traced.layout = layout
         return values
 
     def _carry(self, y_pred):
-        if self._forward is None:
-            return y_pred
-        forward, self._forward = self._forward, None
-        return Carried(y_pred, forward)
+        forward, self._traced.forward = self._traced.forward, None
+        return y_pred if forward is None else packing.Carried(y_pred, forward)
 
     def _before(self, *args):
         recorder = telemetry.recorder()
         if recorder is None:
             return None
         found = updates.before(self._optimizer, recorder.full, *args)
-        if self._guarded is not None and self._forward is not None:
-            # On jax the loss is on its way out of the gradient's trace.
-            loss = self._forward["loss"]
+        forward = self._traced.forward  # On jax, on its way out of the trace.
+        if forward is not None and backend.sees_a_part(self._model):
+            forward, squares = packing.of_all(forward, found["squares"])
+            found["squares"], self._traced.forward = squares, forward
+        if self._guarded is not None and forward is not None:
+            loss = forward["loss"]
             found["left_out"] = self._decide(found, loss)
         return found
 
     def _decide(self, found, loss):
-        norm = updates.gradient_norm(found, self.layout.tensors)
+        norm = updates.gradient_norm(found, self._traced.layout.tensors)
         scaled = hasattr(self._optimizer, "dynamic_scale")
         return self._guarded.decide(loss, norm, scaled)
 
     def _after(self, found, *args):
         recorder = telemetry.recorder()
         if found is not None:
-            self._found = updates.after(
+            self._traced.found = updates.after(
                 self._optimizer,
                 recorder.full,
                 found,
@@ -259,14 +263,14 @@ class Watch:
             )
 
     def _compute_metrics(self, original, x, y, y_pred, *args, **kwargs):
-        forward, self._forward = self._forward, None
-        if isinstance(y_pred, Carried):
+        forward, self._traced.forward = self._traced.forward, None
+        if isinstance(y_pred, packing.Carried):
             y_pred, forward = y_pred
         logs = original(x, y, y_pred, *args, **kwargs)
-        found, self._found = self._found, None
+        found, self._traced.found = self._traced.found, None
         if forward is None or found is None:
             return logs
-        full, layout = telemetry.recorder().full, self.layout
+        full, layout = telemetry.recorder().full, self._traced.layout
         left_out = None
         if self._guarded is not None:
             left_out = self._guarded.left_out
@@ -293,7 +297,7 @@ class Watch:
         model = self._model
         if model.train_function is not None and not force:
             return
-        backend.check_observable(model)
+        backend.check_observable(model, self._tables)
         if model.optimizer is not self._optimizer:
             # The first time, or compiled anew.
             self._optimizer = model.optimizer
@@ -306,7 +310,8 @@ class Watch:
                 self._undo.append(self._guarded.slow(model.optimizer))
         # Both at once: for a distribution Keras asks weights where they lie,
         # and on jax they have no values while an epoch goes on.
-        self._programs = {False: self._program(), True: self._program()}
+        kinds = (False, True) if self._tables else (False,)
+        self._programs = {full: self._program() for full in kinds}
         model.train_function = self._run
 
     def _program(self):
@@ -321,7 +326,7 @@ class Watch:
             recorder = telemetry.Recorder(
                 self.full, self.inputs, regions=regions
             )
-            self.layout = packing.Layout()
+            self._traced.layout = packing.Layout()
             with telemetry.recording(recorder):
                 return train_step(*args, **kwargs)
 

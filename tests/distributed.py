@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 
-def launch(processes, devices, backend="jax", **settings):
+def launch(processes, devices, backend="jax", script=__file__, **settings):
     """Runs so many processes with so many devices each; what each printed."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -31,7 +31,7 @@ def launch(processes, devices, backend="jax", **settings):
     }
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, json.dumps({**settings, "process": i})],
+            [sys.executable, script, json.dumps({**settings, "process": i})],
             env={**environment, "RANK": str(i), "LOCAL_RANK": str(i)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -87,7 +87,7 @@ def train(settings):
     return lm, found
 
 
-def main(settings):
+def main(settings, run=lambda settings: train(settings)[1]):
     import keras
 
     if keras.backend.backend() == "tensorflow":
@@ -103,7 +103,7 @@ def main(settings):
         keras.distribution.initialize(
             settings["address"], settings["processes"], settings["process"]
         )
-    print(json.dumps(train(settings)[1]))
+    print(json.dumps(run(settings)))
 
 
 if __name__ == "__main__":

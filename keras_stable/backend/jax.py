@@ -102,6 +102,16 @@ def merge(tensors):
     return tensors
 
 
+def of_all(x):
+    """What each copy of the model has of a vector: (copies, len)."""
+    return x[None]
+
+
+def sees_a_part(model):
+    """Whether a step sees a part of the batch alone, one of several."""
+    return False
+
+
 def processes():
     """How many processes train one model."""
     return jax.process_count()
@@ -349,8 +359,13 @@ def finish_read(array):
     return np.asarray(array)
 
 
-def check_observable(model):
-    """Raises where a model cannot be observed on this backend."""
+def check_observable(model, tables):
+    """Raises where a model cannot be observed on this backend.
+
+    Args:
+        model: compiled.
+        tables: bool. Whether full tables are measured.
+    """
 
 
 def is_writer():

@@ -1,12 +1,9 @@
 """What keras_stable needs of TensorFlow beyond Keras."""
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla
 
 from keras_stable.backend.internals import FUNCTIONS
-from keras_stable.backend.internals import check_data
-from keras_stable.backend.internals import check_shares
 from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_only import Stack as Stack
 from keras_stable.backend.jax_only import attention_kernel as attention_kernel
@@ -17,6 +14,7 @@ from keras_stable.backend.jax_only import losses_of_many as losses_of_many
 from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
+from keras_stable.backend.parts import check_part
 from keras_stable.backend.tensorflow_feeds import finish_copies as finish_copies
 from keras_stable.backend.tensorflow_feeds import (
     replace_batches as replace_batches,
@@ -25,11 +23,24 @@ from keras_stable.backend.tensorflow_feeds import start_copies as start_copies
 from keras_stable.backend.tensorflow_guard import apply_unless
 from keras_stable.backend.tensorflow_guard import give_numbers as give_numbers
 from keras_stable.backend.tensorflow_guard import guarded as guarded
+from keras_stable.backend.tensorflow_guard import put_back as put_back
+from keras_stable.backend.tensorflow_guard import put_back_everywhere
+from keras_stable.backend.tensorflow_replicas import distribute as distribute
+from keras_stable.backend.tensorflow_replicas import global_mean as global_mean
+from keras_stable.backend.tensorflow_replicas import local_rows as local_rows
+from keras_stable.backend.tensorflow_replicas import merge as merge
+from keras_stable.backend.tensorflow_replicas import must_merge as must_merge
+from keras_stable.backend.tensorflow_replicas import of_all as of_all
+from keras_stable.backend.tensorflow_replicas import processes as processes
+from keras_stable.backend.tensorflow_replicas import replicas as replicas
+from keras_stable.backend.tensorflow_replicas import sees_a_part as sees_a_part
+from keras_stable.backend.tensorflow_replicas import (
+    undistribute as undistribute,
+)
 from keras_stable.backend.whole_steps import add_slice as add_slice
 from keras_stable.backend.whole_steps import export_options as export_options
 from keras_stable.backend.whole_steps import fused as fused
 from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
-from keras_stable.backend.whole_steps import put_back as put_back
 from keras_stable.backend.whole_steps import queueing as queueing
 from keras_stable.backend.whole_steps import region as region
 from keras_stable.backend.whole_steps import send_logs as send_logs
@@ -46,67 +57,6 @@ def device_name():
         return "cpu x 1"
     details = tf.config.experimental.get_device_details(devices[0])
     return f"{details.get('device_name', 'GPU')} x {len(devices)}"
-
-
-def distribute(name, batch_size, tensor_parallel, devices):
-    """Lets `tf.distribute` mirror models over devices; None: there is no mesh.
-
-    Keras accepts its own distributions on tensorflow and then ignores them.
-    """
-    check_data(name, "tensorflow")
-    if devices is None:
-        devices = tf.config.list_logical_devices("GPU")
-        devices = devices or tf.config.list_logical_devices("CPU")
-        devices = [device.name for device in devices]
-    check_shares(batch_size, len(devices))
-    strategy = tf.distribute.MirroredStrategy(devices)
-    tf.distribute.experimental_set_strategy(strategy)
-
-
-def undistribute():
-    """Ends what `distribute` began."""
-    if isinstance(tf.distribute.get_strategy(), tf.distribute.MirroredStrategy):
-        tf.distribute.experimental_set_strategy(None)
-
-
-def replicas():
-    """How many parts of a loss Keras adds up."""
-    return tf.distribute.get_strategy().num_replicas_in_sync
-
-
-def global_mean(x):
-    """The mean over all processes; its gradient is that of `x`."""
-    # Replicas are of one process, and Keras averages their metrics.
-    return x
-
-
-def merge(tensors):
-    """Gradients of the whole batch from those that copies of the model have.
-
-    Args:
-        tensors: list of tensors and None.
-    """
-    context = tf.distribute.get_replica_context()
-    if context is None or replicas() == 1:
-        return tensors
-    found = [x for x in tensors if x is not None]
-    merged = iter(context.all_reduce(tf.distribute.ReduceOp.SUM, found))
-    return [x if x is None else next(merged) for x in tensors]
-
-
-def processes():
-    """How many processes train one model."""
-    return 1
-
-
-def must_merge():
-    """Whether gradients differ between processes until `merge`."""
-    return False
-
-
-def local_rows(batch_size):
-    """Which rows of a global batch this process feeds: int array."""
-    return np.arange(batch_size)
 
 
 def apart(value, function, *tensors):
@@ -295,11 +245,26 @@ def observe_updates(optimizer, before, after):
         variables = trainable_variables or optimizer._trainable_variables
         if not optimizer.built:
             optimizer.build(variables)
+        if replicas() > 1:
+            update_all(grads, trainable_variables, variables)
+            return
         dense = [g if g is None else tf.convert_to_tensor(g) for g in grads]
         found = before(dense, variables, read)
         old = [read(v) for v in variables]
         left_out = (found or {}).get("left_out")
         apply_unless(left_out, lambda: original(grads, trainable_variables))
+        after(found, old, [read(v) for v in variables], read)
+
+    def update_all(grads, trainable_variables, variables):
+        grads = optimizer._merge(grads, variables)
+        found = before(grads, variables, read)
+        old = [read(v) for v in variables]
+        slots = [(v, read(v)) for v in optimizer.variables]
+        optimizer._apply_merged(grads, trainable_variables)
+        left_out = (found or {}).get("left_out")
+        if left_out is not None:
+            # A condition cannot hold an update that replicas make together.
+            put_back_everywhere(left_out, [*zip(variables, old), *slots])
         after(found, old, [read(v) for v in variables], read)
 
     return replace(optimizer, "apply", apply)
@@ -357,12 +322,22 @@ def finish_read(array):
     return array.numpy()
 
 
-def check_observable(model):
-    """Raises where a model cannot be observed on this backend."""
-    if model.distribute_strategy.num_replicas_in_sync > 1:
+def check_observable(model, tables):
+    """Raises where a model cannot be observed on this backend.
+
+    Args:
+        model: compiled.
+        tables: bool. Whether full tables are measured.
+    """
+    if not sees_a_part(model):
+        return
+    where = "Under `tf.distribute`, each replica"
+    check_part(model.optimizer, tables, where)
+    if model.steps_per_execution > 1:
         raise ValueError(
-            "Under `tf.distribute`, each replica would measure its own part "
-            "of the batch. Monitor with `every=None`, or distribute on jax."
+            "Under `tf.distribute`, steps are observed one by one: compile "
+            "the model with `steps_per_execution=1`. Received: "
+            f"{model.steps_per_execution}"
         )
 
 

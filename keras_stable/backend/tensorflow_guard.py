@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from keras_stable.backend import internals
+from keras_stable.backend import whole_steps
 
 
 def give_numbers(args, numbers, store):
@@ -37,6 +38,38 @@ def guarded(model, train_step, guard):
         return logs
 
     return step
+
+
+def put_back(left_out, kept):
+    """Assigns variables their values before, where a step is left out.
+
+    Args:
+        left_out: bool scalar tensor.
+        kept: list of pairs of a variable and its value before.
+    """
+    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        put_back_everywhere(left_out, kept)
+    else:
+        whole_steps.put_back(left_out, kept)
+
+
+def put_back_everywhere(left_out, kept):
+    """The same within a replica: each puts back what it has itself.
+
+    To assign would average, or add up, what all of them have.
+    """
+
+    def assign(variable, before, left_out):
+        variable.assign(tf.where(left_out, before, variable))
+
+    def put_back(strategy, left_out, befores):
+        for variable, before in zip(variables, befores):
+            arguments = before, left_out
+            strategy.extended.update(variable, assign, arguments, group=False)
+
+    variables = [v.value for v, _ in kept]
+    context = tf.distribute.get_replica_context()
+    context.merge_call(put_back, (left_out, [x for _, x in kept]))
 
 
 def _shapes(data):

@@ -16,6 +16,7 @@ from keras_stable.backend.jax_only import losses_of_many as losses_of_many
 from keras_stable.backend.jax_only import number as number
 from keras_stable.backend.jax_only import shapes_of as shapes_of
 from keras_stable.backend.jax_only import without_weights as without_weights
+from keras_stable.backend.parts import check_part
 from keras_stable.backend.torch_attention import HEAD_SIZES
 from keras_stable.backend.torch_attention import attend_fused
 from keras_stable.backend.torch_gradients import operation as operation
@@ -31,8 +32,10 @@ from keras_stable.backend.torch_processes import is_writer as is_writer
 from keras_stable.backend.torch_processes import local_rows as local_rows
 from keras_stable.backend.torch_processes import merge as merge
 from keras_stable.backend.torch_processes import must_merge as must_merge
+from keras_stable.backend.torch_processes import of_all as of_all
 from keras_stable.backend.torch_processes import processes as processes
 from keras_stable.backend.torch_processes import replicas as replicas
+from keras_stable.backend.torch_processes import sees_a_part as sees_a_part
 from keras_stable.backend.torch_processes import undistribute as undistribute
 from keras_stable.backend.torch_programs import can_compile
 from keras_stable.backend.torch_programs import fused as fused
@@ -293,13 +296,17 @@ def observe_updates(optimizer, before, after):
         variables = trainable_variables or optimizer._trainable_variables
         if not optimizer.built:
             optimizer.build(variables)
+        update = original
+        if must_merge():
+            grads = optimizer._merge(grads, variables)
+            update = optimizer._apply_merged
         found = before(grads, variables, lambda v: v.value)
         # Updated in place: the old values must be kept.
         old = torch._foreach_add([v.value.detach() for v in variables], 0)
         apply_unless(
             (found or {}).get("left_out"),
             optimizer,
-            lambda: original(grads, trainable_variables),
+            lambda: update(grads, trainable_variables),
         )
         after(found, old, [v.value for v in variables], lambda v: v.value)
 
@@ -335,8 +342,13 @@ def gather(packed, steps, store):
     return packed
 
 
-def check_observable(model):
-    """Raises where a model cannot be observed on this backend."""
+def check_observable(model, tables):
+    """Raises where a model cannot be observed on this backend.
+
+    Args:
+        model: compiled.
+        tables: bool. Whether full tables are measured.
+    """
     if model.jit_compile is True:
         raise ValueError(
             "On torch, a step compiled as a whole (`jit_compile=True`) cannot "
@@ -344,10 +356,7 @@ def check_observable(model):
             "`every=None`."
         )
     if must_merge():
-        raise ValueError(
-            "On torch, each process would measure its own part of the batch. "
-            "Monitor with `every=None`, or distribute on jax."
-        )
+        check_part(model.optimizer, tables, "On torch, each process")
 
 
 def keep_programs(directory):

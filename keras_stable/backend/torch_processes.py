@@ -60,7 +60,8 @@ def global_mean(x):
         return x
     mean = x.detach().clone()
     torch.distributed.all_reduce(mean)
-    return x + (mean / processes() - x.detach())
+    # Nothing is added to it, so that it has the same bits everywhere.
+    return mean / processes() + (x - x.detach())
 
 
 def merge(tensors):
@@ -90,6 +91,18 @@ def merge(tensors):
 def must_merge():
     """Whether gradients differ between processes until `merge`."""
     return processes() > 1
+
+
+def of_all(x):
+    """What each copy of the model has of a vector: (copies, len)."""
+    parts = [torch.empty_like(x) for _ in range(processes())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.stack(parts)
+
+
+def sees_a_part(model):
+    """Whether a step sees a part of the batch alone, one of several."""
+    return must_merge()
 
 
 def local_rows(batch_size):
