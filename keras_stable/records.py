@@ -6,11 +6,13 @@ health.jsonl   what the monitor saw, one JSON object a line, each of a "kind":
     layout     names of what the tables hold, with the schema's version
     step       {"kind": "step", "step": 1, "loss": 5.54, ...} of every step
     table      all statistics of a step, in the order of the last layout
-    event      what a detector found
+    event      what a detector found, or what was done: "guard", "back_off",
+               "rewind", "autopsy"
     verdict    a change of the run's verdict
     overhead   what the monitor measured of its own cost
 events/        black boxes: STEP-DETECTOR.npz, the steps before an event
 monitor.json   the state of the detectors, for resuming
+skipped.jsonl  the batches that a rewind passed over, a range a line
 checkpoints/   states of the whole training, see `snapshots`
 model.keras    the trained model
 ```

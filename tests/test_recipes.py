@@ -78,6 +78,18 @@ def test_a_run_leaves_its_records(pretrain, text, tmp_path, precision, capsys):
     assert printed.rstrip().endswith(str(out))
 
 
+@pytest.mark.parametrize("policy", ["guard", "recover --autopsy"])
+def test_a_healthy_run_may_be_saved(policy, text, tmp_path, pretrain):
+    losses = []
+    for i, flags in enumerate(("halt", policy)):
+        out = tmp_path / str(i)
+        command = [*TINY, "--data", text, "--tokens", "400", "--out", str(out)]
+        pretrain.main([*command, "--policy", *flags.split()])
+        run = ks.read_run(out)
+        losses.append((run["validation_loss"], run["steps_done"]))
+    assert losses[0] == losses[1]
+
+
 def test_as_a_command(text, tmp_path):
     command = [sys.executable, RECIPES / "pretrain.py", *TINY, "--data", text]
     command += ["--tokens", "200", "--out", tmp_path / "run"]
