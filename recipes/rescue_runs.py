@@ -148,9 +148,9 @@ def intrude(run, model, keras):
             CHANGES[fault["change"]](model)
         if "rate" in fault and now in (0, fault["steps"]):
             synchronize(model)
-            factor = fault["rate"] ** (1 if now == 0 else -1)
-            rate = float(model.optimizer.learning_rate)
-            model.optimizer.learning_rate = rate * factor
+            # Whoever made the mistake sets it right again.
+            factor = fault["rate"] if now == 0 else 1.0
+            model.optimizer.learning_rate = run["learning_rate"] * factor
 
     return keras.callbacks.LambdaCallback(on_train_batch_begin=change)
 
