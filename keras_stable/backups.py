@@ -36,6 +36,8 @@ class Backups:
     `take` lets the device copy its arrays, which takes a fraction of a step
     and, until they have left it, as much of the device's memory as they do;
     a thread then brings them to the host. (TensorFlow waits for that.)
+    Where replicas of `tf.distribute` have moving statistics of their own, all
+    get those of the first.
 
     A copy counts for nothing until it is certified, which one with a NaN or
     an infinity among weights and optimizer's slots never is: it is dropped.

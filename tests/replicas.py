@@ -182,6 +182,9 @@ def monitored(settings):
             place = monitor.position if monitor else 0
             model.fit(
                 dataset(settings, places[place : place + left]),
+                # At an end that it did not know of, TensorFlow would draw
+                # seeds for a step that has no batch.
+                steps_per_epoch=left,
                 shuffle=False,
                 verbose=0,
                 callbacks=[monitor] if monitor else [],
