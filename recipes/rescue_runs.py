@@ -217,7 +217,7 @@ def train(name, policy, out):
         "name": name,
         "policy": policy,
         "run": run,
-        "loss": statistics.fmean(losses),
+        "loss": in_json(statistics.fmean(losses)),
         "halted": halted,
         "verdict": str(monitor.verdict),
         "worst": str(monitor.worst),
@@ -232,6 +232,10 @@ def train(name, policy, out):
     file = Path(out) / f"{name}.{policy}.json"
     file.with_suffix(".part").write_text(json.dumps(record))
     file.with_suffix(".part").rename(file)
+
+
+def in_json(number):
+    return number if math.isfinite(number) else str(number)
 
 
 # What became of them.
@@ -255,7 +259,8 @@ def summarize(records):
 
 
 def finite(loss):
-    return loss if math.isfinite(loss) else math.inf
+    """A loss, be it a number or "nan"; infinite if it is not finite."""
+    return float(loss) if math.isfinite(float(loss)) else math.inf
 
 
 def saved(row, policy):
@@ -330,7 +335,7 @@ def finish(name, policy, process, out):
         return
     record = json.loads((Path(out) / f"{stem}.json").read_text())
     print(
-        f"{record['seconds']:6.1f} s  {stem}: {record['loss']:.4f} "
+        f"{record['seconds']:6.1f} s  {stem}: {float(record['loss']):.4f} "
         f"{record['worst']}{' halted' if record['halted'] else ''}",
         flush=True,
     )
@@ -390,7 +395,6 @@ def main(arguments=None):
             "command": "python recipes/rescue_runs.py",
             "git_commit": records[0]["git_commit"],
             **made,
-            "rows": rows,
             "clean": {"runs": count, "touched": touched, "same": same(records)},
             "runs": [
                 {k: v for k, v in r.items() if k not in (*made, *NOT_KEPT)}

@@ -1,7 +1,10 @@
 """The rungs of rescues, and what an autopsy concludes; no model trains."""
 
+import importlib.util
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from keras_stable.judge import Judge
 from keras_stable.rescue import Rescue
 from keras_stable.rescue import Rungs
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 GOOD = {"loss": 2.0, "gradient_norm": 1.0, "guarded": 0.0}
 BAD = {"loss": 5.0, "gradient_norm": 1.0, "guarded": 1.0}
 BROKEN = {"loss": math.nan, "gradient_norm": math.nan, "guarded": 1.0}
@@ -187,3 +191,44 @@ def test_what_is_bad():
     none = math.inf, math.inf
     assert not is_bad((1e30, 1e30), none)
     assert is_bad((math.inf, 1.0), none) and is_bad((1.0, math.nan), none)
+
+
+@pytest.fixture
+def rescue_runs(monkeypatch):
+    monkeypatch.syspath_prepend(str(RECIPES))
+    spec = importlib.util.spec_from_file_location(
+        "rescue_runs", RECIPES / "rescue_runs.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.modules.pop("detection_models", None)
+
+
+def test_the_table_is_of_the_committed_runs(rescue_runs):
+    file = RECIPES / "results" / "rescue.json"
+    result = json.loads(file.read_text(), parse_constant=pytest.fail)
+    rows = rescue_runs.summarize(result["runs"])
+    text = (RECIPES / "README.md").read_text()
+    assert rescue_runs.table(rows) in text
+    saved = [
+        sum(rescue_runs.saved(row, policy) for row in rows)
+        for policy in rescue_runs.POLICIES
+    ]
+    assert f"{saved[0]} of {len(rows)} end as if nothing" in text
+    assert f"(`recover`) {saved[2]}: " in text
+    count, touched = rescue_runs.interventions(result["runs"])
+    same = rescue_runs.same(result["runs"])
+    clean = {"runs": count, "touched": touched, "same": same}
+    assert result["clean"] == clean
+    assert f"{count} runs without a fault" in text
+    assert f"{same} end with" in text
+
+
+def test_every_broken_run_has_a_clean_twin(rescue_runs):
+    runs = rescue_runs.planned()
+    for name, run in runs.items():
+        twin = runs[name.removesuffix(run["fault"]) + "none"]
+        changed = {k for k in run if run[k] != twin[k]}
+        changes = rescue_runs.FAULTS[run["fault"]].get("changes", {})
+        assert changed <= {"fault", *changes}
