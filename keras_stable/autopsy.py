@@ -90,7 +90,7 @@ def examine(rescuer, telemetry, onset):
 
     try:
         if not all(x.guarded for s, x in seen.items() if s >= step):
-            backup = rescuer.backups.newest(before=step - 1, certified=False)
+            backup = rescuer.backups.newest(before=step, certified=False)
             rescuer.backups.restore(backup)
             for s in range(backup.step + 1, step):
                 if not seen[s].guarded:
