@@ -28,11 +28,12 @@ import logging
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+from child_runs import last_line
+from child_runs import launch
 from detection_models import CHANGES
 from detection_models import KINDS
 from detection_models import SEQUENCE
@@ -278,25 +279,17 @@ def train(name, run, out):
 def start(name, args, share):
     command = [sys.executable, __file__, "--one", name, "--out", args.out]
     command += ["--scale", args.scale, "--seeds", str(args.seeds)]
-    environment = {
-        **os.environ,
-        "KERAS_BACKEND": args.backend,
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs)),
-        "TF_CPP_MIN_LOG_LEVEL": "2",
-    }
-    with open(Path(args.out) / f"{name}.log", "w") as log:
-        return subprocess.Popen(
-            command, env=environment, stdout=log, stderr=subprocess.STDOUT
-        )
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{share:.3f}"}
+    log = Path(args.out) / f"{name}.log"
+    return launch(command, log, args.backend, args.jobs, **memory)
 
 
 def finish(name, process, begun, out):
     """Prints how a run ended; True if it did well."""
     seconds = f"{time.time() - begun:5.0f} s"
     if process.returncode:
-        lines = (Path(out) / f"{name}.log").read_text().strip().splitlines()
-        print(f"{seconds}  {name}: failed: {lines[-1] if lines else '?'}")
+        said = last_line(Path(out) / f"{name}.log")
+        print(f"{seconds}  {name}: failed: {said}")
         return False
     record = json.loads((Path(out) / name / "run.json").read_text())
     print(f"{seconds}  {name}: {record['worst_verdict']}", flush=True)
