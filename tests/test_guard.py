@@ -98,13 +98,27 @@ MODELS = {
         keras.optimizers.Adam(1e-2, gradient_accumulation_steps=4)
     ),
     "remat": lambda: language_model(remat="block"),
-    "sigma_reparam": lambda: language_model(variant="sigma_reparam"),
     "normalized": normalized,
     "eager": lambda: normalized(run_eagerly=True),
+    "qk_norm_cap": lambda: language_model(variant="qk_norm_cap"),
+    "sigma_reparam": lambda: language_model(variant="sigma_reparam"),
+    "soft_clip": lambda: language_model(variant="soft_clip"),
 }
 
 
-@pytest.fixture(params=MODELS)
+# Where programs take long to compile, the others are left for `-m slow`.
+QUICK = "adamw accumulation normalized eager sigma_reparam".split()
+
+
+SLOW = [] if BACKEND == "torch" else [pytest.mark.slow]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[] if name in QUICK else SLOW)
+        for name in MODELS
+    ]
+)
 def build(request):
     return MODELS[request.param]
 
@@ -267,18 +281,6 @@ def test_every_step_left_out_leaves_all_as_it_was(build):
     assert not differences(before, after)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        MODELS["adamw"],
-        MODELS["independent"],
-        MODELS["accumulation"],
-        MODELS["normalized"],
-        lambda: language_model(variant="qk_norm_cap"),
-        lambda: language_model(variant="sigma_reparam"),
-        lambda: language_model(variant="soft_clip"),
-    ],
-)
 def test_what_keeps_to_the_limits_is_bit_equal_to_no_guard(build):
     found = []
     for guard in (None, ks.Guard(), ks.Guard(1e6, 1e6)):

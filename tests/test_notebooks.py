@@ -131,8 +131,28 @@ def test_every_notebook_is_tested():
     assert set(NOTEBOOKS) == {path.stem for path in FOLDER.glob("*.ipynb")}
 
 
+# Each takes a minute: these run on one backend alone, unless all tests do.
+ALONE = {
+    "find_the_edge": "jax",
+    "break_it_and_save_it": "torch",
+    "watch_any_model": "tensorflow",
+}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name,
+            marks=[]
+            if ALONE.get(name, keras.backend.backend())
+            == keras.backend.backend()
+            else [pytest.mark.slow],
+        )
+        for name in NOTEBOOKS
+    ],
+)
 def test_runs_top_to_bottom(name, monkeypatch, tmp_path):
     if name == "find_the_edge" and keras.backend.backend() != "jax":
         pytest.skip("processes of the recipes, which are tested with each")

@@ -334,7 +334,12 @@ def resumable(path, kill=None):
     return lm, monitor
 
 
-@pytest.mark.parametrize("kill", [45, 75, 118])
+SLOW = [pytest.mark.slow] if keras.backend.backend() != "torch" else []
+
+
+@pytest.mark.parametrize(
+    "kill", [pytest.param(45, marks=SLOW), 75, pytest.param(118, marks=SLOW)]
+)
 def test_resumed_training_is_that_which_was_not_killed(tmp_path, kill):
     whole, monitor = resumable(tmp_path / "whole")
     assert kinds(monitor).count("rewind") == 1 and monitor.undone
