@@ -95,6 +95,9 @@ OTHERS = {
         ("rate-jump",),
         (0, 1),
     ),
+    # To be left alone.
+    "lm-norms": ({"variant": "qkv_norm", "learning_rate": 1e-2}, (), (0, 1)),
+    "lstm-constant": ({**MODELS["lstm"], "constant": True}, (), (0, 1)),
 }
 
 

@@ -48,11 +48,17 @@ time.sleep(600)
 """
 
 
-@pytest.fixture(autouse=True)
-def plain(monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def plain():
     """Without what the environment of the tests asks for."""
-    for name in NAMES:
-        monkeypatch.delenv(name, raising=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in NAMES:
+            patch.delenv(name, raising=False)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def signals():
     yield
     # Ray leaves a handler of its own behind, also where there is no cluster.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -263,7 +269,7 @@ def test_without_ray_the_error_names_the_extra(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def ray():
+def ray(plain):
     ray = pytest.importorskip("ray", reason="Ray is not installed.")
     ray.init(
         num_cpus=2,
@@ -281,7 +287,7 @@ def test_without_a_cluster_the_error_says_how_to_begin_one():
         ks.workers("ray", address="auto")
 
 
-def test_commands_on_a_cluster(ray, tmp_path, monkeypatch):
+def test_commands_on_a_cluster(ray, tmp_path):
     workers = ks.workers("ray", cache=tmp_path / "cache")
     assert workers.capacity == 2
     go = tmp_path / "go"
