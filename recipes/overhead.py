@@ -1,12 +1,14 @@
 r"""What the monitor costs: time and memory of a training step.
 
 Question: is training slower, or larger, or different, with the monitor on?
-One model trains in epochs of a few steps: without a monitor, with nothing but
+A model trains in epochs of a few steps: without a monitor, with nothing but
 the numbers of every step (light), with the monitor's defaults, with those and
 the policies "guard" and "recover", with the full table in every step, and
 without one again. Medians of the epochs, and means: a copy of the state is made
-once in 100 steps. Then a small model trains three times from one seed, twice
-without and once with.
+once in 100 steps. On a CPU, whose speed depends on what else it does, each has
+a model and a thread of its own and they take turns, an epoch each: the share is
+then the median over rounds of the ratio to the plain ones. Then a small model
+trains three times from one seed, twice without and once with.
 
     python recipes/overhead.py --out recipes/results/overhead_cpu_jax.json
     python recipes/overhead.py --size 830m --vocabulary 50304 --batch-size 16 \
@@ -18,10 +20,14 @@ Expected: at most 2 % by default, 5 % with every table, 1 % of memory.
 """
 
 import argparse
+import collections
+import concurrent.futures
+import contextlib
 import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 
 # `every` of the monitor and its policy; None for no monitor.
@@ -34,6 +40,7 @@ MODES = {
     "full": (1, "observe"),
     "plain_again": None,
 }
+SETTLE = 60  # Steps that are not timed: "auto" chooses its interval in them.
 
 
 def parse(arguments):
@@ -80,39 +87,82 @@ def monitor(ks, mode):
     return [ks.StabilityMonitor(path, policy, every, verbose=0)]
 
 
-def timed(ks, keras, lm, data, mode, args):
+def turnstile(names):
+    """A function to a context in which the others of some threads wait."""
+    order, changed = collections.deque(names), threading.Condition()
+
+    @contextlib.contextmanager
+    def member(name):
+        """Yields what waits for the turn, and what passes it on."""
+
+        def begin():
+            with changed:
+                changed.wait_for(lambda: order[0] == name)
+
+        def end():
+            with changed:
+                order.rotate(-1)
+                changed.notify_all()
+
+        try:
+            yield begin, end
+        finally:
+            with changed:
+                order.remove(name)
+                changed.notify_all()
+
+    return member
+
+
+def timed(ks, keras, lm, data, mode, args, member):
     """Seconds a step in each epoch; the first ones compile and settle."""
-    auto = MODES[mode] is not None and MODES[mode][0] == "auto"
-    settle = -(-60 // args.steps) if auto else 3
-    ends, work = [], []
-
-    def end(epoch, logs=None):
-        ends.append(time.perf_counter())
-        work.append(time.process_time())
-
-    clock = keras.callbacks.LambdaCallback(on_epoch_end=end)
+    spans, work, since = [], [], []
     observer = monitor(ks, MODES[mode])
-    begin = time.perf_counter()
-    lm.fit(
-        data,
-        steps_per_epoch=args.steps,
-        epochs=settle + args.epochs,
-        verbose=0,
-        callbacks=[*observer, clock],
-    )
-    spans = [(b - a) / args.steps for a, b in zip(ends, ends[1:])][settle - 1 :]
+    with member(mode) as (begin_turn, end_turn):
+
+        def begin(epoch, logs=None):
+            begin_turn()
+            since[:] = time.perf_counter(), time.process_time()
+
+        def end(epoch, logs=None):
+            spans.append((time.perf_counter() - since[0]) / args.steps)
+            work.append((time.process_time() - since[1]) / args.steps)
+            end_turn()
+
+        first = keras.callbacks.LambdaCallback(on_epoch_begin=begin)
+        last = keras.callbacks.LambdaCallback(on_epoch_end=end)
+        settle = -(-SETTLE // args.steps)
+        lm.fit(
+            data,
+            steps_per_epoch=args.steps,
+            epochs=settle + args.epochs,
+            verbose=0,
+            callbacks=[first, *observer, last],
+        )
+    first_epoch = spans[0] * args.steps
+    spans, work = spans[settle:], work[settle:]
     return {
         "milliseconds": 1e3 * statistics.median(spans),
         "mean_milliseconds": 1e3 * statistics.fmean(spans),
         # Of all threads: what others do on the machine is not in it.
-        "processor_milliseconds": 1e3
-        * (work[-1] - work[settle - 1])
-        / (args.steps * args.epochs),
+        "processor_milliseconds": 1e3 * statistics.fmean(work),
         "epochs": [1e3 * span for span in spans],
-        "first_epoch_seconds": ends[0] - begin,
+        "first_epoch_seconds": first_epoch,
         "peak_bytes": ks.peak_memory(),
         "monitor": observer[0].overhead if observer else None,
     }
+
+
+def compare(modes, together):
+    """Adds `overhead` to each mode: its share beyond the plain ones."""
+    plain = [modes[m] for m in ("plain", "plain_again") if m in modes]
+    usual = statistics.fmean(m["milliseconds"] for m in plain)
+    for found in modes.values():
+        found["overhead"] = found["milliseconds"] / usual - 1
+        if together:
+            rounds = zip(found["epochs"], *(m["epochs"] for m in plain))
+            ratios = [own / statistics.fmean(rest) for own, *rest in rounds]
+            found["overhead"] = statistics.median(ratios) - 1
 
 
 def differences(ks, keras, np, args):
@@ -148,21 +198,33 @@ def main(arguments=None):
 
     keras.config.set_dtype_policy(args.precision)
     sizes = {"num_layers": args.num_layers} if args.num_layers else {}
-    lm = build(ks, keras, args, args.size, args.vocabulary, **sizes)
     shape = (args.batch_size, args.sequence_length)
-    data = batches(ks, np, args.vocabulary, *shape)
-    modes = {}
-    for mode in args.modes.split(","):
-        modes[mode] = timed(ks, keras, lm, data, mode, args)
-        plain = modes["plain"]["milliseconds"]
-        if mode == "plain_again":
-            first, again = modes["plain"], modes[mode]
-            plain = (first["milliseconds"] + again["milliseconds"]) / 2
-        for found in modes.values():
-            found["overhead"] = found["milliseconds"] / plain - 1
+    names, modes = args.modes.split(","), {}
+    together = ks.environment()["device"].startswith("cpu")
+    lm = None
+    for group in [names] if together else [[name] for name in names]:
+        models = {}
+        for name in group:
+            if together or lm is None:
+                lm = build(ks, keras, args, args.size, args.vocabulary, **sizes)
+            models[name] = lm
+        member = turnstile(group)
+        with concurrent.futures.ThreadPoolExecutor(len(group)) as pool:
+            found = {
+                name: pool.submit(
+                    timed,
+                    *(ks, keras, models[name]),
+                    batches(ks, np, args.vocabulary, *shape),
+                    *(name, args, member),
+                )
+                for name in group
+            }
+        modes |= {name: future.result() for name, future in found.items()}
+    compare(modes, together)
+    for name, found in modes.items():
         print(
-            f"{mode:12} {modes[mode]['milliseconds']:9.3f} ms a step, "
-            f"{modes[mode]['overhead']:+.2%}, peak {modes[mode]['peak_bytes']}",
+            f"{name:12} {found['milliseconds']:9.3f} ms a step, "
+            f"{found['overhead']:+.2%}, peak {found['peak_bytes']}",
             flush=True,
         )
     result = {

@@ -131,8 +131,9 @@ def test_every_notebook_is_tested():
     assert set(NOTEBOOKS) == {path.stem for path in FOLDER.glob("*.ipynb")}
 
 
-# Each takes a minute: these run on one backend alone, unless all tests do.
+# Each takes a minute: they run on one backend alone, unless all tests do.
 ALONE = {
+    "quickstart": "jax",
     "find_the_edge": "jax",
     "break_it_and_save_it": "torch",
     "watch_any_model": "tensorflow",
@@ -146,8 +147,7 @@ ALONE = {
         pytest.param(
             name,
             marks=[]
-            if ALONE.get(name, keras.backend.backend())
-            == keras.backend.backend()
+            if ALONE[name] == keras.backend.backend()
             else [pytest.mark.slow],
         )
         for name in NOTEBOOKS
