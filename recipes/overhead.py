@@ -153,6 +153,14 @@ def timed(ks, keras, lm, data, mode, args, member):
     }
 
 
+def beyond(modes, name, other):
+    """Share of a mode beyond another, over rounds: median, standard error."""
+    rounds = zip(modes[name]["epochs"], modes[other]["epochs"], strict=True)
+    shares = [ours / theirs - 1 for ours, theirs in rounds]
+    error = statistics.stdev(shares) / len(shares) ** 0.5
+    return statistics.median(shares), error
+
+
 def compare(modes, together):
     """Adds `overhead` to each mode: its share beyond the plain ones."""
     plain = [modes[m] for m in ("plain", "plain_again") if m in modes]
