@@ -13,7 +13,6 @@ import pytest
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_force_host_platform_device_count=8 "
-    "--xla_backend_optimization_level=0 "
     "--xla_llvm_disable_expensive_passes=true",
 )
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -128,9 +128,8 @@ def test_remat_changes_nothing(name, remat):
                 x,
             )
         )
-    largest = np.abs(grads[0]).max()
-    np.testing.assert_allclose(*grads, atol=1e-6 * largest, rtol=1e-5)
-    assert largest > 0.1
+    np.testing.assert_allclose(*grads, atol=1e-5, rtol=1e-5)
+    assert np.abs(grads[0]).max() > 0.1
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -108,8 +108,6 @@ MODELS = {
 
 # Where programs take long to compile, the others are left for `-m slow`.
 QUICK = "adamw accumulation normalized eager sigma_reparam".split()
-
-
 SLOW = [] if BACKEND == "torch" else [pytest.mark.slow]
 
 

@@ -1,26 +1,19 @@
 """What the monitor costs: modes that take turns, and the README's numbers."""
 
 import concurrent.futures
-import importlib.util
+import importlib
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 RECIPES = Path(__file__).parents[1] / "recipes"
+sys.path.append(str(RECIPES))  # What `python recipes/...` has by itself.
+overhead = importlib.import_module("overhead")
 
 
-@pytest.fixture
-def overhead():
-    spec = importlib.util.spec_from_file_location(
-        "overhead", RECIPES / "overhead.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_modes_take_turns_also_if_one_fails(overhead):
+def test_modes_take_turns_also_if_one_fails():
     names, made = ("a", "b", "c"), []
     member = overhead.turnstile(names)
 
@@ -46,7 +39,7 @@ def test_modes_take_turns_also_if_one_fails(overhead):
     ]
 
 
-def test_shares_are_those_of_rounds(overhead):
+def test_shares_are_those_of_rounds():
     modes = {
         "plain": {"epochs": [1.0, 2.0, 4.0]},
         "guard": {"epochs": [1.1, 2.2, 5.2]},
@@ -58,7 +51,7 @@ def test_shares_are_those_of_rounds(overhead):
 
 
 @pytest.mark.parametrize("shape, file", [("8 x 64", "_512"), ("8 x 256", "")])
-def test_costs_are_those_of_the_committed_runs(overhead, shape, file):
+def test_costs_are_those_of_the_committed_runs(shape, file):
     path = RECIPES / "results" / f"overhead_cpu_rescue{file}.json"
     modes = json.loads(path.read_text())["modes"]
     pairs = ("guard", "default"), ("recover", "guard")

@@ -168,15 +168,12 @@ def test_a_clip_without_an_upper_bound(clip):
 
 @pytest.mark.parametrize("cap", [None, 50.0, 1e3])
 def test_large_logits_are_exact(cap):
-    """Of 1e4: a rounding of the logit is one of 1e-3 in the exponent.
-
-    An entropy is a difference of two such numbers.
-    """
+    """Of 1e4: a rounding of the logit is one of 1e-3 in the exponent."""
     arrays, _ = tensors(1, 50, 2, 1, 16, size=16.0)
     _, largest, *_ = formula(*arrays, 8.0, cap, None, None, None)
     assert largest.max() > 1e4
     # Gradients of 0 are differences of 1e2, times keys and the scale.
-    compare(arrays, 8.0, cap, None, None, None, rtol=2e-3, atol=2e-3)
+    compare(arrays, 8.0, cap, None, None, None, rtol=2e-3, atol=1e-3)
 
 
 def test_negative_scales_are_the_formula():
@@ -224,8 +221,7 @@ def test_statistics_have_no_gradient_and_can_be_left_out():
     assert all((x == 0).all() for x in gradients)
     plain, rows = attend_fused(*qkv, 0.3, interpret=True)
     assert rows is None
-    # Another program, of another rounding.
-    np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(y, plain)
 
 
 def test_is_the_same_again_when_rematerialized():
