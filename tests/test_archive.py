@@ -124,25 +124,30 @@ def paper(tmp_path_factory):
 
 def test_claims_in_the_text_are_of_the_committed_curves(paper, capsys):
     claims.main([str(paper.path)])
-    *tables, order, low, high, higher, qkv, cap = capsys.readouterr().out.split(
+    losses, growth, order, *ranks, qkv, cap = capsys.readouterr().out.split(
         "\n\n"
     )
     text = (RECIPES / "README.md").read_text()
-    for table in tables:
+    for table in (losses, growth):
         assert table in text, "A table of claims is stale."
-    assert order == "order of the edges, 7 methods: 0.75"
+    assert order == "order of the edges, 10 methods: 0.79"
     text = " ".join(text.split())
-    assert "rates is 0.75, over the seven methods" in text
-    assert low.endswith("6 methods: 0.54") and high.endswith("5 methods: 0.80")
-    assert higher.endswith("5 methods: 0.60")
-    assert "0.54 (six methods) and 0.80 (five), and 0.60 (five)" in text
+    assert "rates is 0.79, over all ten" in text
+    assert all(", 6 methods: " in rank for rank in ranks)
+    low, high, *above = [rank.split(": ")[-1] for rank in ranks]
+    assert low == high == "0.54" and (min(above), max(above)) == (
+        "0.43",
+        "0.71",
+    )
+    assert "0.54 at 0.006 and 0.008, and 0.43 to 0.71 above" in text
     first = {
         label: ks.output_norms(paper.path / f"{label}/lr-0.006/seed-0", 1)[1]
         for label in ("soft_clip", "baseline")
     }
     first = [f"{np.median(norms['proj']):.2f}" for norms in first.values()]
     assert first == ["0.07", "1.67"]
-    assert qkv.endswith("0 to inf, 1.5 is open") and "is open" in cap
+    for ratio in (qkv, cap.strip()):
+        assert ratio.endswith("0.666667 to 1.5, 1.5 is open")
 
 
 def test_what_the_text_says_of_repeats():
