@@ -481,3 +481,27 @@ def test_no_memory_does_not_end_training(monkeypatch, capsys):
     backups.take(2, 2, certified=True)
     assert backups.newest().step == 1
     assert "none of step 2: MemoryError" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="another backend's copies")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint32"])
+@pytest.mark.parametrize("split", [None, (), ("a",), (None, "b"), ("b", "a")])
+def test_copies_of_a_device_pass_through_pinned_memory(split, dtype):
+    """Which this processor's devices have as well, be it the same memory."""
+    import jax
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec
+
+    from keras_stable.backend import jax_feeds
+
+    array = jax.numpy.arange(64).reshape(8, 8).astype(dtype)
+    value = np.array(array)
+    if split is not None:
+        mesh = jax.make_mesh((4, 2), ("a", "b"))
+        layout = NamedSharding(mesh, PartitionSpec(*split))
+        array = jax.device_put(array, layout)
+    found = jax_feeds._through_pinned(array)
+    assert found.dtype == value.dtype
+    np.testing.assert_array_equal(found, value)
+    found[:] = 7  # Its own memory.
+    np.testing.assert_array_equal(np.asarray(array), value)

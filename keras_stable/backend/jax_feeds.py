@@ -31,7 +31,6 @@ def start_copies(variables):
         places, values = zip(*group)
         # The step that comes next is given these buffers to write to.
         for i, copy in zip(places, _copies(list(values))):
-            copy.copy_to_host_async()
             copies[i] = copy
     return copies
 
@@ -43,10 +42,23 @@ def finish_copies(copies):
     """
     arrays = []
     for i, copy in enumerate(copies):
-        arrays.append(np.asarray(copy))
+        if next(iter(copy.devices())).platform == "cpu":
+            arrays.append(np.asarray(copy))
+        else:
+            arrays.append(_through_pinned(copy))
         # Each device array goes as soon as it is here.
         copies[i] = copy = None
     return arrays
+
+
+def _through_pinned(copy):
+    """An array of the device in ordinary memory, through pinned memory.
+
+    Straight into ordinary memory, a copy would hold up the programs that the
+    training starts; to pin a whole state would take longer than a step.
+    """
+    pinned = copy.sharding.with_memory_kind("pinned_host")
+    return np.array(jax.device_put(copy, pinned))
 
 
 def replace_batches(args, take, steps, store):
