@@ -54,9 +54,9 @@ def curves(outcome):
     """The series of a run, and the collapsed share at each of its tables."""
     health = ks.read_health(outcome.path)
     run = {n: health.series(n)[1].astype("float64") for n in SERIES}
-    row = list(health.layout["head_statistics"]).index("entropy")
+    names = health.layout["head_statistics"]
     shares = {
-        step: ks.collapsed(np.concatenate([h[row] for h in found["heads"]]))
+        step: ks.collapsed(**dict(zip(names, np.hstack(found["heads"]))))
         for step, found in sorted(health.tables.items())
     }
     return run, shares
