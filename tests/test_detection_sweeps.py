@@ -185,3 +185,31 @@ def test_what_is_said_of_caps_is_in_the_file():
     ]
     assert f"Of the {len(missed)} that are missed" in text
     assert not any("cap=" in n and "inf" not in n for n in missed)
+
+
+def test_what_is_said_of_runs_with_the_rule_at_work_is_in_the_file():
+    result = json.loads((RECIPES / "results/detection_cap.json").read_text())
+    text = " ".join((RECIPES / "README.md").read_text().split())
+    rows = [row for row in result["new"]["rows"] if row["caps"] > 1]
+    healthy, degraded, lost = (
+        [row for row in rows if row["label"] == label]
+        for label in ("converged", "degraded", "diverged")
+    )
+    ended = [row for row in rows if row["ended"]]
+    assert ended == [row for row in lost if row["verdict"] == "COLLAPSED"]
+    assert f"Of {len(lost)} lost runs with a cap it ended {len(ended)}," in text
+    halts = [row["fired"]["ours: halt"] for row in ended]
+    assert f"at steps {min(halts)} to {max(halts)} of 400" in text
+    delays = [halt - row["onset"] for halt, row in zip(halts, ended)]
+    assert f"{np.median(delays):.0f} after the onset in the median" in text
+    behind = [row["behind"] for row in ended]
+    assert f"{min(behind):.2f} to {max(behind):.2f} behind" in text
+    kinds = (healthy, degraded)
+    most = [math.ceil(max(row["caps"] for row in kind)) for kind in kinds]
+    found = f"Of {len(healthy)} healthy ones with a cap, within {most[0]} caps"
+    assert found in text
+    assert f"and {len(degraded)} degraded ones, within {most[1]}," in text
+    (missed,) = (row for row in lost if not row["ended"])
+    assert f"at most {math.ceil(missed['caps'])} caps" in text
+    assert f"{missed['behind']:.2f} behind at the end" in text
+    assert missed["name"] == "cap-again/cap=5/lr-0.02/seed-3"
