@@ -36,10 +36,11 @@ class Diagnosis:
 
     Every step goes to the `Judge`: loss, gradient norm, update norm. Full
     tables go to the detectors over layers: `Jump` of log2(rms), `Growth` of
-    log2 of rms, abs_max and largest logit, `Collapse` of the entropies of all
-    heads, `Staleness` of the first and the last matrix, `Frozen` of all
-    variables. Those, and non-finite activations that leave the loss finite,
-    are warnings; the `Judge` finds a run lost, or a collapse that lasts.
+    log2 of rms, abs_max and largest logit, `Collapse` of the entropies and
+    logits of all heads, `Staleness` of the first and the last matrix, `Frozen`
+    of all variables. Those, and non-finite activations that leave the loss
+    finite, are warnings; the `Judge` finds a run lost, or a collapse that
+    lasts.
 
     Args:
         layout: `Layout` of the full tables; None if there are none.
@@ -150,9 +151,9 @@ class Diagnosis:
         events = []
         for name, value in values.items():
             events += self.layers[name].update(step, value)
-        entropy = HEAD_STATISTICS.index("entropy")
-        entropies = [heads[entropy] for heads in sample.heads]
-        share = collapsed(np.concatenate([[], *entropies]))
+        none = np.zeros((len(HEAD_STATISTICS), 0))
+        heads = np.concatenate([none, *sample.heads], axis=1)
+        share = collapsed(**dict(zip(HEAD_STATISTICS, heads, strict=True)))
         event = self.collapse.update(step, share)
         events += [event] if event else []
         for event in events:

@@ -21,8 +21,8 @@ class Verdict(enum.IntEnum):
     """The state of a run, in the order of severity.
 
     A run that never learned (`STALLED`) has lost less than one whose attention
-    sees single keys (`COLLAPSED`) or that lost what it had learned: `lost` is
-    True from `COLLAPSED` on.
+    sees single keys or is far beyond its cap (`COLLAPSED`), or that lost what
+    it had learned: `lost` is True from `COLLAPSED` on.
     """
 
     OK = 0

@@ -123,7 +123,10 @@ class Judge(Detector):
     def watch_collapse(self, step, collapse):
         """`COLLAPSED` from the next step on, if a `Collapse` is lasting."""
         if collapse.lasting:
-            why = "most attention heads look at a single key"
+            why = (
+                "most attention heads look at a single key or are far beyond "
+                "their cap"
+            )
             self.lose(Verdict.COLLAPSED, step, collapse.since, why)
 
     @property

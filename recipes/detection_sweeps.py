@@ -11,7 +11,8 @@ Reads directories of sweeps, unpacked from `archive.py`'s files too, replays
 every step and every table that is kept, and writes detection_sweeps.json. Runs
 that the monitor ended while they were recorded count as ended there. The
 sweeps after --new are counted by themselves, and so are runs that were started
-after --until: the rule for collapsed attention was chosen on the others.
+after --until: the rule for collapsed attention was chosen on the others, and
+its limit for caps on the arms at even places of the new sweeps as well.
 
 What became of a run, by its loss alone; the best run is that of the sweep,
 any method, with the same seed:
@@ -25,7 +26,8 @@ any method, with the same seed:
 A run that the monitor ended has the loss of the step where it was ended, and
 nobody knows how it would have gone on. `behind` is how far the median of its
 last 21 losses is above the best run's at the same step, `ended` whether it is
-such a run.
+such a run. `caps` is the largest logit before the cap by that after it, of the
+median head, at most; 1 without a cap.
 """
 
 import argparse
@@ -51,15 +53,16 @@ MAXIMA = "largest logit over 1000"
 
 
 def curves(outcome):
-    """The series of a run, and the collapsed share at each of its tables."""
+    """The series of a run, the collapsed share of each table, and `caps`."""
     health = ks.read_health(outcome.path)
     run = {n: health.series(n)[1].astype("float64") for n in SERIES}
-    row = list(health.layout["head_statistics"]).index("entropy")
-    shares = {
-        step: ks.collapsed(np.concatenate([h[row] for h in found["heads"]]))
-        for step, found in sorted(health.tables.items())
-    }
-    return run, shares
+    names, shares, caps = health.layout["head_statistics"], {}, 1.0
+    for step, found in sorted(health.tables.items()):
+        heads = dict(zip(names, np.hstack(found["heads"])))
+        shares[step] = ks.collapsed(**heads)
+        ratios = np.abs(heads["max_logit"] / heads["max_logit_capped"])
+        caps = max(caps, float(np.median(ratios)))
+    return run, shares, caps
 
 
 def apart(run, best_run):
@@ -87,7 +90,7 @@ def rows_of(path):
     for o in found:
         best = min((b for b in found if b.seed == o.seed), key=lambda b: b.loss)
         own = min(b.loss for b in found if b.label == o.label)
-        run, shares = read[id(o)]
+        run, shares, caps = read[id(o)]
         behind = apart(run, read[id(best)][0])
         became, onset = label(o, behind, best, own)
         ours = judge(run, warmup, shares)
@@ -106,6 +109,7 @@ def rows_of(path):
             "loss": o.loss,
             "behind": float(behind[-1]),
             "ended": ended,
+            "caps": caps,
             "onset": onset,
             "steps": len(run["loss"]),
             "verdict": why,

@@ -1,6 +1,7 @@
 """The table of lost runs of sweeps: its labels, its replay, its numbers."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -129,3 +130,86 @@ def test_the_tables_in_the_text_are_the_committed_ones():
     halts = [row["fired"]["ours: halt"] is not None for row in rows]
     assert f"the {len(rows)} lost runs that went on" in text
     assert f"stops {sum(halts)}." in text
+
+
+def test_what_is_said_of_caps_is_in_the_file():
+    result = json.loads((RECIPES / "results/detection_sweeps.json").read_text())
+    text = " ".join((RECIPES / "README.md").read_text().split())
+    chosen, held = list(result["chosen on"]["rows"]), []
+    arms = {}
+    for row in result["new"]["rows"]:
+        sweep, arm, *_ = row["name"].split("/")
+        known = arms.setdefault(sweep, {})
+        place = known.setdefault(arm, len(known))
+        # Of `paper-lr` only what was started late is among them.
+        odd = place % 2 == 1 or sweep == "paper-lr"
+        (held if odd else chosen).append(row)
+
+    def caps(rows, label):
+        found = sorted(r["caps"] for r in rows if r["label"] == label)
+        return [x for x in found if x > 1]
+
+    def stopped(rows, label):
+        return [r for r in rows if r["label"] == label and r["verdict"]]
+
+    first, second = caps(chosen, "converged"), caps(held, "converged")
+    assert f"of {len(first)} healthy runs with a cap stays" in text
+    assert f"within {math.ceil(10 * first[-1]) / 10} caps" in text
+    degraded = caps(chosen, "degraded")
+    assert f"of {len(degraded)} degraded ones within" in text
+    assert f"within {math.ceil(degraded[-1])}, and" in text
+    lost = caps(chosen, "diverged")
+    assert f"the {len(lost)} lost ones pass 430" in text and lost[0] > 430
+    assert f"other half, {len(held)} runs" in text
+    lost = caps(held, "diverged")
+    assert f"finds all {len(lost)} that were missed" in text
+    healthy = [row for row in held if row["label"] == "converged"]
+    assert f"none of {len(healthy)} healthy runs is stopped" in text
+    assert stopped(held, "converged") == []
+    behind = [f"{r['behind']:.2f}" for r in stopped(held, "degraded")]
+    assert behind == ["0.57", "0.58"] and " and ".join(behind) in text
+    assert f"{len(second)} healthy ones with a cap stay" in text
+    assert f"within {math.ceil(second[-1])} caps" in text
+    assert "the lost ones pass 158" in text and lost[0] > 158
+    delays = [
+        row["fired"]["ours: halt"] - row["onset"]
+        for row in stopped(held, "diverged")
+        if row["caps"] > 1
+    ]
+    assert len(delays) == len(lost)
+    assert f"{np.median(delays):.0f} steps after the onset" in text
+    missed = [
+        row["name"]
+        for row in [*chosen, *held]
+        if row["label"] == "diverged" and not row["verdict"]
+    ]
+    assert f"Of the {len(missed)} that are missed" in text
+    assert not any("cap=" in n and "inf" not in n for n in missed)
+
+
+def test_what_is_said_of_runs_with_the_rule_at_work_is_in_the_file():
+    result = json.loads((RECIPES / "results/detection_cap.json").read_text())
+    text = " ".join((RECIPES / "README.md").read_text().split())
+    rows = [row for row in result["new"]["rows"] if row["caps"] > 1]
+    healthy, degraded, lost = (
+        [row for row in rows if row["label"] == label]
+        for label in ("converged", "degraded", "diverged")
+    )
+    ended = [row for row in rows if row["ended"]]
+    assert ended == [row for row in lost if row["verdict"] == "COLLAPSED"]
+    assert f"Of {len(lost)} lost runs with a cap it ended {len(ended)}," in text
+    halts = [row["fired"]["ours: halt"] for row in ended]
+    assert f"at steps {min(halts)} to {max(halts)} of 400" in text
+    delays = [halt - row["onset"] for halt, row in zip(halts, ended)]
+    assert f"{np.median(delays):.0f} after the onset in the median" in text
+    behind = [row["behind"] for row in ended]
+    assert f"{min(behind):.2f} to {max(behind):.2f} behind" in text
+    kinds = (healthy, degraded)
+    most = [math.ceil(max(row["caps"] for row in kind)) for kind in kinds]
+    found = f"Of {len(healthy)} healthy ones with a cap, within {most[0]} caps"
+    assert found in text
+    assert f"and {len(degraded)} degraded ones, within {most[1]}," in text
+    (missed,) = (row for row in lost if not row["ended"])
+    assert f"at most {math.ceil(missed['caps'])} caps" in text
+    assert f"{missed['behind']:.2f} behind at the end" in text
+    assert missed["name"] == "cap-again/cap=5/lr-0.02/seed-3"

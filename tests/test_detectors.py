@@ -14,6 +14,7 @@ from keras_stable import layerwise
 from keras_stable.detectors import LevelShift
 from keras_stable.detectors import NonFinite
 from keras_stable.detectors import Spike
+from keras_stable.detectors import collapsed
 from keras_stable.events import Verdict
 from keras_stable.judge import Judge
 from keras_stable.layerwise import Frozen
@@ -77,6 +78,31 @@ def test_verdicts_are_ordered_and_print_their_names():
     }
     assert max(Verdict.STALLED, Verdict.LEVEL_SHIFT).lost
     assert json.dumps({"verdict": Verdict.WARN}) == '{"verdict": 1}'
+
+
+@pytest.mark.parametrize("cap", [1.0, 5.0, 50.0, 3e4])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_head_is_saturated_beyond_a_hundred_caps(cap, sign):
+    raw = sign * cap * np.array([0.0, 1.0, 8.0, 98.0, 102.0, 1e9])
+    share = collapsed(np.full(6, 0.9), raw, cap * np.tanh(raw / cap))
+    assert share == 2 / 6
+    # As it is recorded, to a few digits.
+    rounded = [float(f"{x:.5g}") for x in cap * np.tanh(raw / cap)]
+    assert collapsed(np.full(6, 0.9), raw, rounded) == share
+
+
+def test_logits_without_a_cap_are_never_saturated():
+    raw = np.array([-1e30, -7.0, 0.0, 1e-30, 50.0, 1e30, INF, NAN])
+    assert collapsed(np.full(8, 0.9), raw, raw) == 0.0
+
+
+def test_both_kinds_of_heads_count_together_and_once():
+    raw, capped = [1e4, 1e4, 9.0, 9.0, 1e4], [50.0, 50.0, 9.0, 9.0, 50.0]
+    entropy = [0.9, 0.001, 0.001, 0.9, NAN]
+    assert collapsed(entropy, raw, capped) == 3 / 4
+    # Entropies alone, as of records without logits.
+    assert collapsed(entropy) == 2 / 4
+    assert collapsed([], [], []) == collapsed([NAN]) == 0.0
 
 
 # Injected into a healthy curve: after k steps, this is added. The delays are

@@ -82,9 +82,29 @@ def entropies(of_step):
     return change
 
 
-def test_attention_on_single_keys_is_lost_after_a_hundred_steps():
+def capped(of_step, cap=50.0):
+    """A change of the largest logits of the two heads, before and after a cap.
+
+    The entropies stay high.
+    """
+
+    def change(step, one):
+        raw = np.array(of_step(step))
+        one.heads[0] = np.stack([raw, cap * np.tanh(raw / cap), [0.9, 0.7]])
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "single",
+    [
+        entropies(lambda step: (0.003, 0.009) if step >= 80 else 0.5),
+        capped(lambda step: (6e3, 3e5) if step >= 80 else (300.0, 3e5)),
+    ],
+    ids=["single keys", "saturated"],
+)
+def test_collapsed_attention_is_lost_after_a_hundred_steps(single):
     diagnosis = Diagnosis(LAYOUT)
-    single = entropies(lambda step: (0.003, 0.009) if step >= 80 else 0.5)
     found = run(diagnosis, 178, single)
     (event,) = (e for e in found if e.detector == "collapse")
     assert (event.step, event.onset, event.value) == (80, 80, 1.0)
@@ -103,18 +123,26 @@ def test_attention_on_single_keys_is_lost_after_a_hundred_steps():
     assert diagnosis.verdict is Verdict.OK
 
 
+FEW, MANY = (0.0, 0.0), (0.3, 0.3)  # Keys.
+NEAR, FAR = (300.0, 4e3), (6e3, -6e3)  # Logits, of a cap of 50.
+
+
 @pytest.mark.parametrize(
-    "of_step",
+    "change",
     [
-        lambda step: (0.0, 0.02),  # Half of them.
-        lambda step: (0.0, 0.0) if step < 64 else (0.3, 0.0),  # In warm-up.
-        lambda step: (0.0, 0.0) if step % 90 else (0.3, 0.3),  # Comes back.
-        lambda step: (np.nan, np.nan),
+        entropies(lambda step: (0.0, 0.02)),  # Half of them.
+        entropies(lambda step: FEW if step < 64 else (0.3, 0.0)),  # Warm-up.
+        entropies(lambda step: FEW if step % 90 else MANY),  # Comes back.
+        entropies(lambda step: (np.nan, np.nan)),
+        capped(lambda step: (6e3, 4e3)),
+        capped(lambda step: FAR if step < 64 else NEAR),
+        capped(lambda step: FAR if step % 90 else NEAR),
+        capped(lambda step: (1e5, 1e5), cap=1e9),  # As if without a cap.
     ],
 )
-def test_other_attention_is_not(of_step):
+def test_other_attention_is_not(change):
     diagnosis = Diagnosis(LAYOUT)
-    run(diagnosis, 400, entropies(of_step))
+    run(diagnosis, 400, change)
     assert diagnosis.judge.worst <= Verdict.WARN
 
 

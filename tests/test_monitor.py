@@ -41,8 +41,8 @@ def attending():
     return model
 
 
-def language_model():
-    backbone = ks.StableBackbone(31, 1, 2, 16, variant="qk_norm")
+def language_model(variant="qk_norm"):
+    backbone = ks.StableBackbone(31, 1, 2, 16, variant=variant)
     model = ks.StableCausalLM(backbone)
     model.compile(ks.AdamW(1e-2), weighted_metrics=None)
     return model
@@ -454,6 +454,25 @@ def test_halt_where_attention_has_collapsed(tmp_path):
     assert error.verdict is ks.Verdict.COLLAPSED
     assert "COLLAPSED at step 172, since step 71: most attention" in str(error)
     assert "bound attention logits" in str(error)
+
+
+@pytest.mark.parametrize("variant", ["soft_cap", "baseline"])
+def test_halt_where_attention_is_far_beyond_its_cap(tmp_path, variant):
+    model = language_model(variant)
+    (query,) = (w for w in model.weights if w.path.endswith("query/kernel"))
+    query.assign(1e7 * query.value)
+    monitor = monitor_of(tmp_path, every=10, policy="halt")
+    x = {"token_ids": np.arange(36).reshape(4, 9) % 31}
+    how = {"batch_size": 4, "epochs": 250, "verbose": 0}
+    with pytest.raises(ks.TrainingHalted) as caught:
+        model.fit(x, x["token_ids"], callbacks=[monitor], **how)
+    assert caught.value.verdict is ks.Verdict.COLLAPSED
+    assert (caught.value.step, caught.value.event.onset) == (172, 71)
+    health = ks.read_health(tmp_path)
+    (name,) = health.layout["heads"]
+    entropies = health.table("heads", name, "entropy")[1]
+    # Of the very same logits those without a cap leave a single key.
+    assert np.all(entropies < 0.01) == (variant == "baseline")
 
 
 def test_halt_in_the_last_step_of_an_epoch_and_without_telemetry(tmp_path):

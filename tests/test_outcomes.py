@@ -175,6 +175,8 @@ def test_attention_on_single_keys_is_no_stable_ending(tmp_path):
     make_run(
         tmp_path, 5e-3, losses=diverging(), entropies=lambda step: (0.0, 0.0)
     )
+    # Ended for logits far beyond a cap.
+    make_run(tmp_path, 6e-3, entropies=lambda step: (0.9, 0.9), **how)
     found = endings(tmp_path)
     assert found == {
         (1e-3, 0): "converged",
@@ -182,8 +184,9 @@ def test_attention_on_single_keys_is_no_stable_ending(tmp_path):
         (3e-3, 0): "collapsed",
         (4e-3, 0): "collapsed",
         (5e-3, 0): "diverged",
+        (6e-3, 0): "diverged",
     }
-    assert [o.collapsed for o in read(tmp_path)] == [0.5, 0.5, 1, 1, 1]
+    assert [o.collapsed for o in read(tmp_path)] == [0.5, 0.5, 1, 1, 1, 0]
     interval = ks.stability_interval(read(tmp_path))
     assert (interval.low, interval.high) == (2e-3, 3e-3)
 
