@@ -78,7 +78,8 @@ class AdamW(_KerasAdamW):
         global_clipnorm: float, positive, or None for none. Defaults to
             `"auto"`: 1, or None if `clipnorm` or `clipvalue` is given.
         gradient_accumulation_steps: int. Batches per update, at least 1.
-            Defaults to `None`, which is 1.
+            Defaults to `None`, which is 1. Keras has none for several
+            replicas of `tf.distribute`.
         **kwargs: of `keras.optimizers.AdamW`: `clipnorm`, `clipvalue`,
             `use_ema`, `amsgrad`, `loss_scale_factor`, `name`, ...
 
@@ -143,6 +144,14 @@ class AdamW(_KerasAdamW):
     # Where replicas are observed, it is between these two.
 
     def _apply_merged(self, grads, trainable_variables):
+        if self.gradient_accumulation_steps and backend.replicas() > 1:
+            # Keras has replicas meet within a condition, which cannot be.
+            raise ValueError(
+                "Under `tf.distribute` with several replicas, Keras cannot "
+                "accumulate gradients. Received: gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}. Use larger batches, or "
+                "distribute on jax."
+            )
         super().apply(grads, trainable_variables)
 
     def _merge(self, grads, variables):

@@ -65,7 +65,11 @@ def normalized(number, bad, how):
     return x, y
 
 
-BATCHES = {"language": language, "normalized": normalized}
+BATCHES = {
+    "language": language,
+    "normalized": normalized,
+    "accumulated": normalized,
+}
 
 
 def build(name, size=1):
@@ -74,7 +78,11 @@ def build(name, size=1):
     import keras_stable as ks
 
     keras.utils.set_random_seed(0)
-    optimizer = ks.AdamW(ks.WarmupSchedule(1e-2, 300, warmup_steps=4))
+    gathered = 3 if name == "accumulated" else None
+    optimizer = ks.AdamW(
+        ks.WarmupSchedule(1e-2, 300, warmup_steps=4),
+        gradient_accumulation_steps=gathered,
+    )
     if name == "language":
         backbone = ks.StableBackbone(31, 1, 2, 8, variant="sigma_reparam")
         model = ks.StableCausalLM(backbone)
@@ -174,6 +182,7 @@ def monitored(settings):
             every=settings.get("every", "auto"),
             data=data if settings.get("seeks") else None,
             rescue=rescue,
+            autopsy=settings.get("autopsy", False),
             verbose=0,
         )
     places = settings.get("places", every_place)
@@ -197,6 +206,7 @@ def monitored(settings):
         found["events"] = [
             [e.step, e.onset, e.detector, str(e.value)] for e in monitor.events
         ]
+        found["details"] = [e.detail for e in monitor.events]
         found["position"], found["made"] = monitor.position, made
         found["overhead"] = monitor.overhead
     return found

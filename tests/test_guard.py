@@ -194,6 +194,87 @@ def test_the_last_batch_does_not_spoil_the_epoch():
     assert history["mae"] == expected["mae"]
 
 
+ACCUMULATING = {
+    "adamw": lambda: ks.AdamW(schedule(), gradient_accumulation_steps=3),
+    "adam": lambda: keras.optimizers.Adam(
+        1e-2, gradient_accumulation_steps=3, clipnorm=0.1
+    ),
+    "momentum": lambda: keras.optimizers.SGD(
+        0.1, momentum=0.9, gradient_accumulation_steps=3
+    ),
+}
+
+
+def micro_steps(optimizer, good):
+    """Each step's sample and state, of batches that are good or not."""
+    model, found = normalized(ACCUMULATING[optimizer]()), []
+    with ks.watch(model, guard=ks.Guard(loss=1e4)) as watch:
+        watch.full = False
+        for seed, fine in enumerate(good):
+            x, y = (pairs if fine else bad_pairs)(seed)
+            model.train_on_batch(x, y)
+            (sample,) = watch.read()
+            # Keras resets metrics before each of these steps.
+            trained = state(model)[: -len(model.metrics_variables)]
+            found.append((sample.scalars, trained))
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ACCUMULATING)
+def test_any_batch_of_an_update_may_be_left_out(optimizer):
+    """The first, the last, several; what is gathered of the others stays."""
+    good = [1, 1, 0, 1, 0, 1, 0, 0, 1, 1, 1, 1]
+    found = micro_steps(optimizer, good)
+    assert [1 - int(s["guarded"]) for s, _ in found] == good
+    made = np.cumsum(good)
+    updates = [int(g and n % 3 == 0) for g, n in zip(good, made)]
+    assert sum(updates) == 2
+    assert [int(s["updated"]) for s, _ in found] == updates
+    assert [int(s["update_norm"] > 0) for s, _ in found] == updates
+    for fine, (_, before), (_, after) in zip(good[1:], found, found[1:]):
+        changed = differences(before, after)
+        assert bool(changed) == bool(fine)
+    counts = [
+        int(next(x for path, x in after if path.endswith("iteration")))
+        for _, after in found
+    ]
+    assert counts == made.tolist()
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        "adamw",
+        *(pytest.param(name, marks=SLOW) for name in ("adam", "momentum")),
+    ],
+)
+def test_the_norm_is_that_of_the_mean_so_far(optimizer):
+    model = normalized(ACCUMULATING[optimizer]())
+    data = [pairs(seed) for seed in range(3)]
+    samples, _ = fit(model, data, ks.Guard())
+    norms = [s.scalars["gradient_norm"] for s in samples]
+    below = float(np.nextafter(np.float32(norms[1]), np.float32(0)))
+    for limit, out in ((norms[1], 0), (below, 1)):
+        model, guard = normalized(ACCUMULATING[optimizer]()), ks.Guard()
+
+        def before(step):
+            guard.gradient_norm = limit if step == 1 else INFINITY
+
+        samples, _ = fit(model, data, guard, before)
+        assert guarded(samples) == [0, out, 0]
+        assert samples[1].scalars["gradient_norm"] == norms[1]
+
+
+def test_loss_scaling_of_accumulated_batches(half):
+    def build():
+        return language_model(
+            ks.AdamW(schedule(), gradient_accumulation_steps=3)
+        )
+
+    model, other, _, _ = left_out(build, 9, (2, 3, 6))
+    assert not differences(state(model), state(other))
+
+
 def test_loss_scaling(half):
     model, other, _, _ = left_out(language_model)
     assert not differences(state(model), state(other))
@@ -290,6 +371,30 @@ def test_what_keeps_to_the_limits_is_bit_equal_to_no_guard(build):
         found.append(state(model))
     assert not differences(found[0], found[1])
     assert not differences(found[0], found[2])
+
+
+STOCK = {
+    "adafactor": lambda: keras.optimizers.Adafactor(1e-2),
+    "ftrl": lambda: keras.optimizers.Ftrl(1e-2),
+    "lion": lambda: keras.optimizers.Lion(1e-2),
+    "rmsprop": lambda: keras.optimizers.RMSprop(1e-2, centered=True),
+}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["lion", *(pytest.param(n, marks=SLOW) for n in STOCK if n != "lion")],
+)
+def test_stock_optimizers_are_bit_equal_to_no_guard(name):
+    """Compilers fuse these updates with whatever is chosen after them."""
+    found = []
+    for guard in (None, ks.Guard(1e6, 1e6)):
+        model = normalized(STOCK[name]())
+        data = [pairs(seed) for seed in range(4)]
+        samples, _ = fit(model, data, guard, full=False)
+        assert guarded(samples) == [0] * 4
+        found.append(state(model))
+    assert not differences(*found)
 
 
 class Constant(keras.optimizers.schedules.LearningRateSchedule):

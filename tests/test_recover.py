@@ -244,7 +244,8 @@ def test_the_ledger_is_kept_and_read_again(tmp_path):
 
 
 def causes(monitor):
-    return [e.detail.split(":")[0] for e in monitor.events if "autopsy" in e[2]]
+    found = [e for e in monitor.events if e.detector == "autopsy"]
+    return [e.detail.split(":")[0] for e in found]
 
 
 @pytest.mark.parametrize(
@@ -263,6 +264,53 @@ def test_autopsies(bad, step, cause):
     callbacks = [break_weight(other, step)] if step else []
     train(other, data, without, callbacks=callbacks)
     assert_same(model, other)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="see test_replicas"
+)
+@pytest.mark.parametrize(
+    "distribution", ["data", pytest.param("fsdp", marks=pytest.mark.slow)]
+)
+def test_events_and_autopsies_on_several_devices_are_those_of_one(
+    distribution,
+):
+    """The bad rows are of one device alone; what was tried leaves no trace."""
+    import jax
+
+    def spoil(x, y):
+        x = x.copy()
+        x[-1, 0] = np.nan
+        return x, y
+
+    def run(autopsy):
+        data = source(range(120, 130), spoil)
+        monitor = monitor_of("recover", data, autopsy=autopsy)
+        model = build()
+        train(model, data, monitor)
+        return model, monitor
+
+    def said(monitor):
+        return [
+            (e.step, e.onset, e.detector, e.detail.split(":")[0])
+            for e in monitor.events
+        ]
+
+    _, alone = run(True)
+    assert causes(alone) == ["BAD_DATA"]
+    four = jax.devices()[:4]
+    ks.set_distribution(distribution, batch_size=64, devices=four)
+    (model, examined), (other, plain) = run(True), run(False)
+    assert said(examined) == said(alone)
+    assert causes(plain) == []
+    assert_same(model, other)
+    for variable in model.variables:
+        # What the devices hold of the same part is the same.
+        shards = {}
+        for shard in variable.value.addressable_shards:
+            known = shards.setdefault(str(shard.index), shard.data)
+            np.testing.assert_array_equal(known, shard.data)
+    assert len(model.variables[0].value.sharding.device_set) == 4
 
 
 @pytest.mark.parametrize(

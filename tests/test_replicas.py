@@ -44,7 +44,11 @@ def guarded(model):
     )
 
 
-MODELS = pytest.mark.parametrize("model", ["normalized", "language"])
+# Of the accumulated one, the bad batch would be the third: an update.
+MODELS = pytest.mark.parametrize(
+    "model",
+    ["normalized", "language"] + ["accumulated"] * (BACKEND == "torch"),
+)
 
 
 @MODELS
@@ -103,6 +107,10 @@ def monitored():
             {"bad": [], "policy": "observe", "steps": 3, "every": None},
             {"bad": [], "policy": "guard", "steps": 3, "every": 5},
             {"bad": [], "policy": "recover", "steps": 3, "seeks": True},
+            {
+                **{"bad": bad, "policy": "recover", "steps": 200},
+                **{"seeks": True, "autopsy": True},
+            },
         ],
         kind="monitored",
         model="normalized",
@@ -122,6 +130,22 @@ def test_all_replicas_go_back_to_the_same_state():
         assert other["shared"] == first["shared"]
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="its `data` is refused")
+def test_all_replicas_find_the_same_cause_and_leave_no_trace():
+    """Each tries its own rows, of which one replica's alone are bad."""
+    first = monitored()[0][-1]
+    kinds = [event[2] for event in first["events"]]
+    assert kinds.count("autopsy") == 1
+    detail = first["details"][kinds.index("autopsy")]
+    assert detail.startswith("BAD_DATA: loss of batch 120")
+    for recovered, *_, examined in monitored():
+        assert examined["shared"] == recovered["shared"]
+        assert examined["moving"] == recovered["moving"]
+        assert examined["position"] == recovered["position"]
+        assert examined["events"] == first["events"]
+        assert examined["details"] == first["details"]
+
+
 def test_a_monitor_guards_without_tables():
     for _, _, guard, *_ in monitored():
         assert [event[:3] for event in guard["events"]] == [[8, 8, "guard"]]
@@ -130,7 +154,7 @@ def test_a_monitor_guards_without_tables():
 
 def test_what_would_be_of_a_part_is_refused():
     for process in monitored():
-        plain, observed, tables, seeking = process[3:]
+        plain, observed, tables, seeking, _ = process[3:]
         assert observed["shared"] == plain["shared"]
         assert observed["moving"] == plain["moving"]
         assert "its own part of the batch" in tables["error"]
@@ -150,3 +174,14 @@ def test_other_optimizers_and_several_steps_at_a_time_are_refused():
             model="normalized",
         )
         assert "`steps_per_execution=1`" in process[0]["error"]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="torch can")
+def test_accumulation_by_replicas_is_refused():
+    runs = [
+        {"bad": [], "policy": policy, "steps": 4} for policy in ("guard", None)
+    ]
+    (process,) = launch(runs, kind="monitored", model="accumulated")
+    for run in process:
+        assert "Keras cannot accumulate gradients" in run["error"]
+        assert run["error"].startswith("ValueError")
