@@ -5,14 +5,16 @@ the runs of a sweep? detection.py asks about runs whose loss rises; here most
 losses fall all the time, and end far above what another run reaches.
 
     python recipes/detection_sweeps.py runs/cpu-sensitivity runs/paper-lr \
-        --until 2026-11-26T05 --new runs/qkv-factorial runs/where
+        --until 2026-11-26T05 --new runs/qkv-factorial runs/where \
+        --later 2026-11-26T15
 
 Reads directories of sweeps, unpacked from `archive.py`'s files too, replays
 every step and every table that is kept, and writes detection_sweeps.json. Runs
 that the monitor ended while they were recorded count as ended there. The
 sweeps after --new are counted by themselves, and so are runs that were started
 after --until: the rule for collapsed attention was chosen on the others, and
-its limit for caps on the arms at even places of the new sweeps as well.
+its limit for caps on the arms at even places of the new sweeps as well. Runs
+started after --later are a third part, on which nothing was chosen.
 
 What became of a run, by its loss alone; the best run is that of the sweep,
 any method, with the same seed:
@@ -142,15 +144,21 @@ def main(arguments=None):
     add("sweeps", nargs="+", metavar="DIR", help="the rule was chosen on these")
     add("--new", nargs="+", metavar="DIR", default=[], help="and not on these")
     add("--until", metavar="TIME", help="what was started later is new too")
+    add("--later", metavar="TIME", help="what was started later is by itself")
     add("--out", default="recipes/results/detection_sweeps.json")
     args = parser.parse_args(arguments)
     result = {"schema": 1}
     try:
-        parts = {"chosen on": [], "new": []}
-        for row in (row for path in args.sweeps for row in rows_of(path)):
-            late = args.until is not None and row["started"] > args.until
-            parts["new" if late else "chosen on"].append(row)
-        parts["new"] += [row for path in args.new for row in rows_of(path)]
+        parts = {"chosen on": [], "new": [], "later": []}
+        given = {"chosen on": args.sweeps, "new": args.new}
+        for part, paths in given.items():
+            for row in (row for path in paths for row in rows_of(path)):
+                name = part
+                if args.until and row["started"] > args.until:
+                    name = "new"
+                if args.later and row["started"] > args.later:
+                    name = "later"
+                parts[name].append(row)
         for name, rows in parts.items():
             if not rows:
                 continue

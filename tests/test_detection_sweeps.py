@@ -96,6 +96,16 @@ def test_what_was_started_later_is_new_too(tmp_path):
     assert np.allclose(behind, (0.1, 0.4), atol=0.03)
 
 
+def test_what_was_started_last_is_by_itself(tmp_path):
+    out = tmp_path / "result.json"
+    path, later = str(sweep(tmp_path / "edge")), "2026-01-01T12"
+    how = ["--until", "2025", "--new", path, "--later", later]
+    detection_sweeps.main([path, *how, "--out", str(out)])
+    result = json.loads(out.read_text())
+    assert "chosen on" not in result
+    assert (result["new"]["runs"], result["later"]["runs"]) == (8, 4)
+
+
 def test_bad_input_is_one_clear_sentence(tmp_path):
     with pytest.raises(SystemExit, match="detection_sweeps: "):
         detection_sweeps.main([str(tmp_path / "nowhere")])
@@ -104,14 +114,15 @@ def test_bad_input_is_one_clear_sentence(tmp_path):
 def test_the_tables_in_the_text_are_the_committed_ones():
     result = json.loads((RECIPES / "results/detection_sweeps.json").read_text())
     text = (RECIPES / "README.md").read_text()
-    for name in ("chosen on", "new"):
+    names = ("chosen on", "new", "later")
+    for name in names:
         table = detection.table(result[name]["table"])
         assert table in text, f"The table {name!r} is stale."
         degraded = result[name]["degraded"]
         runs = f"{result[name]['runs']} runs, {degraded} degraded"
         assert runs in text
     text = " ".join(text.split())
-    ours = [result[name]["table"][0] for name in ("chosen on", "new")]
+    ours = [result[name]["table"][0] for name in names]
     false, healthy = (sum(o[k] for o in ours) for k in ("false", "healthy"))
     bound = detection.upper_bound(false, healthy)
     assert f"{false} of {healthy} healthy runs is stopped" in text
@@ -119,6 +130,12 @@ def test_the_tables_in_the_text_are_the_committed_ones():
     lost = sum(o["lost"] for o in ours)
     stopped = lost - sum(o["missed"] for o in ours)
     assert f"{stopped} of {lost} lost ones" in text
+    steps = sum(result[name]["healthy_steps"] for name in names)
+    assert f"no loss spike is found in {steps} healthy steps" in text
+    assert not any(result[n]["spikes_in_10000_healthy_steps"] for n in names)
+    rows = [r for r in result["later"]["rows"] if r["label"] == "diverged"]
+    assert f"Of the {len(rows)} lost ones of the last table" in text
+    assert all(row["ended"] == bool(row["verdict"]) for row in rows)
     # What was ended as it was recorded, and where it stood then.
     rows = result["new"]["rows"]
     ended = [row for row in rows if row["ended"]]
