@@ -7,8 +7,10 @@ the policies "guard" and "recover", with the full table in every step, and
 without one again. Medians of the epochs, and means: a copy of the state is made
 once in 100 steps. On a CPU, whose speed depends on what else it does, each has
 a model and a thread of its own and they take turns, an epoch each: the share is
-then the median over rounds of the ratio to the plain ones. Then a small model
-trains three times from one seed, twice without and once with.
+then the median over rounds of the ratio to the plain ones. Two models of one
+mode may differ by more than a mode costs: `--modes plain,guard,guard_again` has
+two, whose mean counts. Then a small model trains three times from one seed,
+twice without and once with.
 
     python recipes/overhead.py --out recipes/results/overhead_cpu_jax.json
     python recipes/overhead.py --size 830m --vocabulary 50304 --batch-size 16 \
@@ -30,7 +32,8 @@ import tempfile
 import threading
 import time
 
-# `every` of the monitor and its policy; None for no monitor.
+# `every` of the monitor and its policy; None for no monitor. `NAME_again` is
+# another model in that mode.
 MODES = {
     "plain": None,
     "light": (10**9, "observe"),
@@ -38,8 +41,8 @@ MODES = {
     "guard": ("auto", "guard"),
     "recover": ("auto", "recover"),
     "full": (1, "observe"),
-    "plain_again": None,
 }
+AGAIN = "_again"
 SETTLE = 60  # Steps that are not timed: "auto" chooses its interval in them.
 
 
@@ -59,7 +62,7 @@ def parse(arguments):
     add("--precision", default="float32", help="(float32)")
     add("--steps", type=int, default=10, help="steps in an epoch (10)")
     add("--epochs", type=int, default=12, help="timed epochs (12)")
-    add("--modes", default=",".join(MODES), help="comma-separated (all)")
+    add("--modes", default=",".join([*MODES, "plain" + AGAIN]), help="(all)")
     add("--compare", type=int, default=100, help="steps of the small model")
     add("--backend", default=os.environ.get("KERAS_BACKEND", "jax"))
     add("--out", help="result file")
@@ -117,7 +120,7 @@ def turnstile(names):
 def timed(ks, keras, lm, data, mode, args, member):
     """Seconds a step in each epoch; the first ones compile and settle."""
     spans, work, since = [], [], []
-    observer = monitor(ks, MODES[mode])
+    observer = monitor(ks, MODES[mode.removesuffix(AGAIN)])
     with member(mode) as (begin_turn, end_turn):
 
         def begin(epoch, logs=None):
@@ -153,23 +156,28 @@ def timed(ks, keras, lm, data, mode, args, member):
     }
 
 
+def rounds(modes, name):
+    """Seconds of each round in a mode, the mean of its models."""
+    both = [modes[m]["epochs"] for m in (name, name + AGAIN) if m in modes]
+    return [statistics.fmean(spans) for spans in zip(*both, strict=True)]
+
+
 def beyond(modes, name, other):
     """Share of a mode beyond another, over rounds: median, standard error."""
-    rounds = zip(modes[name]["epochs"], modes[other]["epochs"], strict=True)
-    shares = [ours / theirs - 1 for ours, theirs in rounds]
+    pairs = zip(rounds(modes, name), rounds(modes, other), strict=True)
+    shares = [ours / theirs - 1 for ours, theirs in pairs]
     error = statistics.stdev(shares) / len(shares) ** 0.5
     return statistics.median(shares), error
 
 
 def compare(modes, together):
     """Adds `overhead` to each mode: its share beyond the plain ones."""
-    plain = [modes[m] for m in ("plain", "plain_again") if m in modes]
-    usual = statistics.fmean(m["milliseconds"] for m in plain)
+    plain = rounds(modes, "plain")
+    usual = statistics.median(plain)
     for found in modes.values():
         found["overhead"] = found["milliseconds"] / usual - 1
         if together:
-            rounds = zip(found["epochs"], *(m["epochs"] for m in plain))
-            ratios = [own / statistics.fmean(rest) for own, *rest in rounds]
+            ratios = [x / y for x, y in zip(found["epochs"], plain)]
             found["overhead"] = statistics.median(ratios) - 1
 
 

@@ -48,6 +48,9 @@ def test_shares_are_those_of_rounds():
     assert median == pytest.approx(0.1)
     # Of shares 0.1, 0.1 and 0.3.
     assert error == pytest.approx((0.04 / 3) ** 0.5 / 3**0.5)
+    # A second model of a mode: their means are 1.2, 2.4 and 4.8.
+    modes["guard_again"] = {"epochs": [1.3, 2.6, 4.4]}
+    assert overhead.beyond(modes, "guard", "plain")[0] == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize("shape, file", [("8 x 64", "_512"), ("8 x 256", "")])
