@@ -254,7 +254,8 @@ def pack(full, values, updates, table):
         bad = ops.sum(ops.cast(is_bad, "float32"))
         index = ops.cast(ops.argmax(is_bad), "float32")
         first = ops.where(bad > 0, index, -1.0)
-    largest = ops.full((), MASKED)
+    # Not `ops.full`: on torch it asks the device for the number, and waits.
+    largest = ops.convert_to_tensor(MASKED, "float32")
     if heads:
         largest = ops.max(ops.concatenate([h[0] for h in heads]))
     scalars = [values["loss"], largest, bad, first, *updates]

@@ -115,7 +115,8 @@ def after(optimizer, full, found, old, new, read, guarded=False):
         for i, (v, g) in enumerate(zip(found["variables"], found["gradients"]))
         if id(v) in moments
     ]
-    stale = ops.full((1,), float("nan"))
+    # Not `ops.full`, for which torch waits.
+    stale = ops.zeros((1,)) + float("nan")
     # Variables without a second moment point to the NaN at the end.
     rows = np.full(len(old), len(known), "int32")
     if known:

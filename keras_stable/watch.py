@@ -327,7 +327,8 @@ class Watch:
                 self.full, self.inputs, regions=regions
             )
             self._traced.layout = packing.Layout()
-            with telemetry.recording(recorder):
+            # Of models too that do not queue their own numbers.
+            with telemetry.recording(recorder), backend.queueing():
                 return train_step(*args, **kwargs)
 
         if self._guarded is not None:

@@ -571,3 +571,39 @@ def test_an_error_in_the_step_ends_the_watch():
     last.activation = right
     model.train_on_batch(*pairs(5))
     assert len(watch.read()) == 1
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch alone is asked by Python")
+@pytest.mark.parametrize("guarded", [False, True])
+def test_no_step_asks_the_device_for_a_number(guarded, monkeypatch):
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from keras_stable.backend import torch_guard
+
+    asked = []
+
+    class Asked(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._local_scalar_dense.default:
+                asked.append(function)
+            return function(*args, **(kwargs or {}))
+
+    # As on a GPU, which would stand still until the next step is launched.
+    monkeypatch.setattr(torch_guard, "waits", lambda left_out: False)
+    model, (x, y) = language_model(), tokens()
+    batch = keras.tree.map_structure(torch.as_tensor, ({**x}, y))
+    guard = ks.Guard() if guarded else None
+    with ks.watch(model, guard=guard) as telemetry:
+        model.make_train_function()
+        for telemetry.full in (True, False):
+            # The first counts the updates that were made.
+            model.train_function([batch])
+        for telemetry.full in (True, False):
+            with Asked():
+                model.train_function([batch])
+        assert not asked
+        assert len(telemetry.read()) == 4
+    with Asked():
+        ops.full((), ops.ones(()))
+    assert asked, "what this counts is still how torch asks"

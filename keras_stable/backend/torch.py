@@ -86,13 +86,14 @@ def square_sums(tensors, minus=None):
 
 def mean_ratios(gradients, moments):
     """Mean of g^2 / v of each pair, float32 (len,)."""
-    sizes = torch.tensor([g.numel() for g in gradients])
+    sizes = [float(g.numel()) for g in gradients]
     gradients = [g.detach().float() for g in gradients]
     roots = torch._foreach_sqrt([v.detach().float() for v in moments])
     torch._foreach_clamp_min_(roots, 1e-15)
     norms = torch._foreach_norm(torch._foreach_div(gradients, roots))
-    norms = torch.stack(norms)
-    return norms.square() / sizes.to(norms.device)
+    # Each size is a number of its kernel: a tensor of them would be waited for.
+    squares = torch._foreach_mul(norms, norms)
+    return torch.stack(torch._foreach_div(squares, sizes))
 
 
 def reduce_rows(x):
