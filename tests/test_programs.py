@@ -3,6 +3,8 @@
 On a GPU they are compiled; here they are traced, which must change no bit.
 """
 
+import contextlib
+
 import keras
 import numpy as np
 import pytest
@@ -15,6 +17,10 @@ if keras.backend.backend() != "torch":
     pytest.skip("other backends compile whole steps", allow_module_level=True)
 
 import torch
+from torch._dynamo.backends import common
+from torch._functorch.compilers import make_boxed_compiler
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 
 from keras_stable.backend import torch as backend
 from keras_stable.backend import torch_programs as programs
@@ -106,6 +112,63 @@ def test_what_is_measured_leaves_a_program(name, remat, monkeypatch):
     same(tables, expected[1])
     assert len(tables) == 3
     same(weights, train(variant=name, remat=remat)[0])
+
+
+def kept(full, variant, monkeypatch):
+    """Of a compiled block, bytes kept for the gradient, and its operations.
+
+    Args:
+        full: what `Watch.full` is; None: nothing is measured.
+    """
+    sizes = []
+
+    def forward(graph, inputs):
+        *_, output = graph.graph.nodes
+        found = [x for x in output.args[0] if x.op == "call_function"]
+        sizes.append(sum(x.meta["val"].nbytes for x in found))
+        return graph
+
+    def backward(graph, inputs):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    compiler = common.aot_autograd(
+        fw_compiler=make_boxed_compiler(forward),
+        bw_compiler=make_boxed_compiler(backward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    move = programs._measured_last
+
+    def compiled(program):
+        return torch.compile(move(program), backend=compiler, dynamic=False)
+
+    dtype = "mixed_bfloat16"
+    sizes_of = {"num_layers": 1, "num_heads": 2, "hidden_dim": 128}
+    backbone = ks.StableBackbone(31, **sizes_of, variant=variant, dtype=dtype)
+    lm = ks.StableCausalLM(backbone)
+    lm.compile(ks.AdamW(0.01))
+    x = {"token_ids": RNG.integers(0, 31, (8, 256))}
+    with monkeypatch.context() as patch, contextlib.ExitStack() as stack:
+        patch.setattr(programs, "_programs", {})
+        patch.setattr(programs, "_measured_last", compiled)
+        if full is not None:
+            stack.enter_context(ks.watch(lm)).full = full
+        # The first step of a watch finds out what is measured.
+        for _ in range(2):
+            lm.train_on_batch(x, x["token_ids"])
+    return sizes
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own.
+@pytest.mark.parametrize("variant", ["baseline", "qk_norm_cap"])
+def test_what_is_measured_lets_no_activation_be_kept(variant, monkeypatch):
+    size, operations = kept(None, variant, monkeypatch)
+    for full in (False, True):
+        measured, after = kept(full, variant, monkeypatch)
+        # Rows of statistics, or some tokens, but no activation (8, 256, 128).
+        assert measured - size < 8 * 256 * 128 * 2
+        assert after == operations
 
 
 def test_dropout_runs_as_it_is():

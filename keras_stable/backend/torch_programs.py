@@ -93,6 +93,35 @@ def trace(function, *args, mode="real"):
     return graph
 
 
+def _measured_last(program):
+    """Moves what is only looked at behind all that a gradient goes through.
+
+    The compiler keeps activations for the backward pass, and computes anew
+    what was fused with its neighbours. Sums over an activation that stood
+    between it and its GELU were in the way: the GELU's derivative was kept in
+    float32, 6 GB more in 24 blocks of 16 x 2048 tokens and 1024 channels.
+    """
+    graph, learned = program.graph, set()
+    *_, output = graph.nodes
+    for node in graph.nodes:
+        detached = node.target is torch.ops.aten.detach.default
+        parts = node.all_input_nodes
+        if node.op == "placeholder" or not detached and learned & {*parts}:
+            learned.add(node)
+    needed = [x for x in output.all_input_nodes if x in learned]
+    found = set()
+    while needed:
+        node = needed.pop()
+        if node not in found:
+            found.add(node)
+            needed += node.all_input_nodes
+    for node in list(graph.nodes):
+        if found and node.op == "call_function" and node not in found:
+            output.prepend(node)
+    program.recompile()
+    return program
+
+
 def _signature(tensors):
     return tuple((t.shape, t.stride(), t.dtype, t.device) for t in tensors)
 
@@ -169,7 +198,7 @@ def region(owner, function, key, training):
                 with keras.StatelessScope(state_mapping=mapping):
                     return function(*pytree.tree_unflatten(filled, spec))
 
-            program = trace(graph, values, tensors)
+            program = _measured_last(trace(graph, values, tensors))
             if any(x.is_cuda for x in tensors) and can_compile():
                 program = torch.compile(program, dynamic=False)
             _programs[signature] = program
