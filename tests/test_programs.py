@@ -270,3 +270,35 @@ def test_numbers_that_arrive_later_are_numbers():
     first, second = (torch_transfers._Arriving(handle, i) for i in range(2))
     assert float(first) == 0.5
     assert np.array(second) == np.float32(2.5)
+
+
+def test_copies_are_joined_and_come_apart(monkeypatch):
+    monkeypatch.setattr(torch_transfers, "STAGE", 64)
+    kinds = [("float32", ()), ("float32", (3, 5)), ("bfloat16", (7, 9))]
+    kinds += [("int32", (2,)), ("float32", (0, 4)), ("int64", ())]
+    kinds += [("bool", (3,)), ("float32", (30,)), ("bfloat16", (1,))]
+    variables = []
+    for dtype, shape in kinds:
+        value = RNG.normal(size=shape) * 9
+        variable = keras.Variable(value, dtype=dtype, trainable=False)
+        variables.append(variable)
+    expected = [keras.ops.convert_to_numpy(v).copy() for v in variables]
+    handle = torch_transfers.start_copies(variables)
+    assert len(handle[0]) < len(variables)
+    for variable in variables:
+        variable.assign(keras.ops.zeros_like(variable))
+    found = torch_transfers.finish_copies(handle)
+    for copy, value in zip(found, expected, strict=True):
+        assert (copy.dtype, copy.shape) == (value.dtype, value.shape)
+        np.testing.assert_array_equal(copy, value)
+
+
+@pytest.mark.parametrize("size", [0, 1, 16, 40])
+def test_a_piece_goes_through_the_stage(size):
+    class Stream:
+        def synchronize(self):
+            pass
+
+    stage, piece = torch.empty(64, dtype=torch.uint8), torch.randn(size)
+    host = torch_transfers._through(stage, piece, Stream())
+    np.testing.assert_array_equal(host, piece.numpy())

@@ -1,6 +1,7 @@
 """Copies between the host and the device that nothing waits for."""
 
 import contextlib
+import math
 
 import keras
 import ml_dtypes
@@ -92,15 +93,35 @@ def start_copies(variables):
 
     What the values become afterwards, in place or not, is not seen.
     """
-    contiguous = {"memory_format": torch.contiguous_format}
-    copies = [v.value.detach().clone(**contiguous) for v in variables]
-    device = next((x.device for x in copies if x.is_cuda), None)
+    values = [v.value.detach() for v in variables]
+    # Joined: the thread that takes them to the host does little for each, and
+    # seldom holds up the one that trains, as any line of Python does.
+    pieces = [
+        (places, torch.cat([values[i].reshape(-1) for i in places]))
+        for places in _pieces(values)
+    ]
+    shapes = [tuple(x.shape) for x in values]
+    device = next((x.device for x in values if x.is_cuda), None)
     if device is None:
-        return copies, None
+        return pieces, shapes, None
     stream = torch.cuda.Stream(device)
-    # Behind the clones, and before the next step.
+    # Behind the copies, and before the next step.
     stream.wait_stream(torch.cuda.current_stream(device))
-    return copies, stream
+    return pieces, shapes, stream
+
+
+def _pieces(values):
+    """Lists of places of values of one dtype that have a stage's bytes."""
+    groups = {}
+    for place, x in enumerate(values):
+        groups.setdefault((x.dtype, x.device), []).append(place)
+    for left in groups.values():
+        while left:
+            piece, size = [], 0
+            while left and size < STAGE:
+                size += values[left[-1]].nbytes
+                piece.append(left.pop())
+            yield piece
 
 
 def finish_copies(handle):
@@ -108,41 +129,46 @@ def finish_copies(handle):
 
     To be called once; may be called by another thread.
     """
-    copies, stream = handle
-    stage, arrays = None, []
+    pieces, shapes, stream = handle
+    stage, arrays = None, [None] * len(shapes)
     # A thread begins on the first device, and on its default stream.
     cuda = stream is not None
     with torch.cuda.stream(stream) if cuda else contextlib.nullcontext():
-        for i, copy in enumerate(copies):
+        while pieces:
             # Each device tensor goes as soon as it is here.
-            copies[i] = None
-            same, dtype = _OTHERS.get(copy.dtype, (None, None))
-            copy = copy.view(same) if same else copy
-            if copy.is_cuda:
+            places, piece = pieces.pop()
+            same, dtype = _OTHERS.get(piece.dtype, (None, None))
+            piece = piece.view(same) if same else piece
+            if piece.is_cuda:
                 if stage is None:
                     pinned = {"dtype": torch.uint8, "pin_memory": True}
                     stage = torch.empty(STAGE, **pinned)
-                copy = _through(stage, copy, stream)
-            array = copy.numpy()
-            arrays.append(array.view(dtype) if dtype else array)
+                host = _through(stage, piece, stream)
+            else:
+                host = piece.numpy()
+            host = host.view(dtype) if dtype else host
+            ends = np.cumsum([math.prod(shapes[i]) for i in places])
+            for i, part in zip(places, np.split(host, ends[:-1])):
+                arrays[i] = part.reshape(shapes[i])
     return arrays
 
 
-def _through(stage, copy, stream):
-    """A tensor of the device in ordinary memory, through pinned memory.
+def _through(stage, piece, stream):
+    """A vector of the device in ordinary memory, through pinned memory.
 
     Straight into ordinary memory, a copy would hold up the kernels that the
     training launches; to pin a whole state would take longer than a step.
     """
-    host = torch.empty(copy.shape, dtype=copy.dtype, device="cpu")
-    whole, parts = host.reshape(-1), copy.reshape(-1)
-    stage = stage.view(copy.dtype)
-    for begin in range(0, parts.numel(), stage.numel()):
-        part = parts[begin : begin + stage.numel()]
-        here = stage[: part.numel()]
-        here.copy_(part, non_blocking=True)
+    stage = stage.view(piece.dtype)
+    # By numpy, whose memory is in large pages, and which copies in one thread,
+    # without the lock of Python's: PyTorch would take every core.
+    from_stage = stage.numpy()
+    host = np.empty(piece.numel(), from_stage.dtype)
+    for begin in range(0, piece.numel(), stage.numel()):
+        part = piece[begin : begin + stage.numel()]
+        stage[: part.numel()].copy_(part, non_blocking=True)
         stream.synchronize()
-        whole[begin : begin + part.numel()].copy_(here)
+        host[begin : begin + part.numel()] = from_stage[: part.numel()]
     return host
 
 
