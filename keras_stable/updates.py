@@ -130,7 +130,9 @@ def after(optimizer, full, found, old, new, read, guarded=False):
         stale = ops.concatenate([ratios, stale])
         rows[list(places)] = np.arange(len(known))
     stale = ops.take(stale, rows)
-    found["staleness"] = ops.sqrt(stale) * factors
+    # Torch's one pass of clipping and update has left clipped gradients.
+    clipped = found.get("rewritten", False)
+    found["staleness"] = ops.sqrt(stale) * (1.0 if clipped else factors)
     return found
 
 

@@ -607,3 +607,18 @@ def test_no_step_asks_the_device_for_a_number(guarded, monkeypatch):
     with Asked():
         ops.full((), ops.ones(()))
     assert asked, "what this counts is still how torch asks"
+
+
+@pytest.mark.parametrize("clip", [None, 0.1, 1e3])
+@pytest.mark.parametrize("steps", [None, 2])
+def test_staleness_is_of_the_gradient_as_it_was_clipped(clip, steps):
+    optimizer = ks.AdamW(
+        1e-2, global_clipnorm=clip, gradient_accumulation_steps=steps
+    )
+    model, stale = dense(optimizer), VARIABLE_STATISTICS.index("staleness")
+    with ks.watch(model) as telemetry:
+        for _ in range(steps or 1):
+            model.train_on_batch(*pairs())
+        sample = telemetry.read()[-1]
+    # The second moment, without its bias, is the square of the first gradient.
+    np.testing.assert_allclose(sample.variables[:, stale], 1.0, rtol=1e-5)

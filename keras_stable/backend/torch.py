@@ -7,7 +7,6 @@ import torch
 from keras.src.backend.torch.core import get_device
 
 from keras_stable.backend.internals import FUNCTIONS
-from keras_stable.backend.internals import replace
 from keras_stable.backend.jax_only import Stack as Stack
 from keras_stable.backend.jax_only import compile_step as compile_step
 from keras_stable.backend.jax_only import devices_of as devices_of
@@ -21,7 +20,6 @@ from keras_stable.backend.torch_attention import HEAD_SIZES
 from keras_stable.backend.torch_attention import attend_fused
 from keras_stable.backend.torch_gradients import operation as operation
 from keras_stable.backend.torch_gradients import with_gradient as with_gradient
-from keras_stable.backend.torch_guard import apply_unless
 from keras_stable.backend.torch_guard import give_numbers as give_numbers
 from keras_stable.backend.torch_guard import guarded as guarded
 from keras_stable.backend.torch_guard import put_back as put_back
@@ -50,6 +48,11 @@ from keras_stable.backend.torch_transfers import send_logs as send_logs
 from keras_stable.backend.torch_transfers import start_copies as start_copies
 from keras_stable.backend.torch_transfers import start_read as start_read
 from keras_stable.backend.torch_transfers import to_device as to_device
+from keras_stable.backend.torch_updates import mean_ratios as mean_ratios
+from keras_stable.backend.torch_updates import (
+    observe_updates as observe_updates,
+)
+from keras_stable.backend.torch_updates import square_sums as square_sums
 
 __all__ = FUNCTIONS
 
@@ -74,26 +77,6 @@ def apart(value, function, *tensors):
 def reachable(value, reference):
     """Whether `value` may be used where `reference` was made: always."""
     return True
-
-
-def square_sums(tensors, minus=None):
-    """Sum of squares of each, or of its difference; float32 (len,)."""
-    tensors = [x.detach().float() for x in tensors]
-    if minus is not None:
-        tensors = torch._foreach_sub(tensors, [x.float() for x in minus])
-    return torch.stack(torch._foreach_norm(tensors)).square()
-
-
-def mean_ratios(gradients, moments):
-    """Mean of g^2 / v of each pair, float32 (len,)."""
-    sizes = [float(g.numel()) for g in gradients]
-    gradients = [g.detach().float() for g in gradients]
-    roots = torch._foreach_sqrt([v.detach().float() for v in moments])
-    torch._foreach_clamp_min_(roots, 1e-15)
-    norms = torch._foreach_norm(torch._foreach_div(gradients, roots))
-    # Each size is a number of its kernel: a tensor of them would be waited for.
-    squares = torch._foreach_mul(norms, norms)
-    return torch.stack(torch._foreach_div(squares, sizes))
 
 
 def reduce_rows(x):
@@ -172,6 +155,15 @@ def _updates_made(optimizer):
     return count
 
 
+def _norms(optimizer, gradients):
+    """Norms of gradients that will be clipped, (len,)."""
+    known = vars(optimizer).get("_measured", {"gradients": ()})
+    known["clipped"] = gradients
+    if list(map(id, known["gradients"])) == list(map(id, gradients)):
+        return known["norms"]
+    return torch.stack(torch._foreach_norm(gradients))
+
+
 def update_adamw(optimizer, gradients, variables, learning_rate, decay):
     """Clips by the global norm, decays and updates, in one pass.
 
@@ -192,8 +184,7 @@ def update_adamw(optimizer, gradients, variables, learning_rate, decay):
     epsilon = optimizer.epsilon / (1 - optimizer.beta_2**step) ** 0.5
     scale = None
     if optimizer.global_clipnorm:
-        norms = torch.stack(torch._foreach_norm(gradients))
-        norm = torch.linalg.vector_norm(norms)
+        norm = torch.linalg.vector_norm(_norms(optimizer, gradients))
         scale = torch.clamp(norm / optimizer.global_clipnorm, min=1.0)
         # NaN for an infinite norm, as in Keras: not a zeroed gradient.
         scale = scale + (norm - norm)
@@ -279,39 +270,6 @@ def scan(step, carry, inputs):
         carry, output = step(carry, parts)
         outputs.append(output)
     return carry, torch.stack(outputs)
-
-
-def observe_updates(optimizer, before, after):
-    """Calls `before` and `after` around each update of a compiled optimizer.
-
-    `before(gradients, variables, read)` returns what `after(found, old, new,
-    read)` is given as `found`; `read(v)` is the value of an optimizer's
-    variable at that time, `old` and `new` are those of the trainable ones.
-
-    Returns:
-        A function that undoes it.
-    """
-    original = optimizer.apply
-
-    def apply(grads, trainable_variables=None):
-        variables = trainable_variables or optimizer._trainable_variables
-        if not optimizer.built:
-            optimizer.build(variables)
-        update = original
-        if must_merge():
-            grads = optimizer._merge(grads, variables)
-            update = optimizer._apply_merged
-        found = before(grads, variables, lambda v: v.value)
-        # Updated in place: the old values must be kept.
-        old = torch._foreach_add([v.value.detach() for v in variables], 0)
-        apply_unless(
-            (found or {}).get("left_out"),
-            optimizer,
-            lambda: update(grads, trainable_variables),
-        )
-        after(found, old, [v.value for v in variables], lambda v: v.value)
-
-    return replace(optimizer, "apply", apply)
 
 
 def carry(model, take):

@@ -15,10 +15,12 @@ def give_numbers(args, numbers, store):
 
 def guarded(model, train_step, guard):
     """A `train_step` that changes nothing if the guard leaves it out."""
+    # Once, for it walks through all layers.
+    moving = internals.moving_variables(model)
 
     def step(data):
-        variables = internals.moving_variables(model)
-        variables = [*variables, *model.metrics_variables]
+        # Those of metrics may be made in the first step.
+        variables = [*moving, *model.metrics_variables]
         guard.begin(guard.store["numbers"], _copies(variables))
         random = torch.get_rng_state()
         logs = train_step(data)
