@@ -171,6 +171,26 @@ def test_what_is_measured_lets_no_activation_be_kept(variant, monkeypatch):
         assert after == operations
 
 
+def test_what_is_written_in_place_keeps_its_order():
+    def function(x):
+        y = x.clone()
+        y[0] = 3.0
+        return y * 2.0, x.detach().sum()
+
+    x = torch.arange(4.0)
+    program = programs._measured_last(programs.trace(function, x))
+    same(program(x), function(x))
+
+
+@pytest.mark.parametrize("name", ks.VARIANTS)
+def test_no_block_writes_in_place(name):
+    train(name, watched=True)
+    for program in programs._programs.values():
+        for node in program.graph.nodes:
+            schema = getattr(node.target, "_schema", None)
+            assert schema is None or not schema.is_mutable
+
+
 def test_dropout_runs_as_it_is():
     train(dropout=0.1)
     assert not programs._programs

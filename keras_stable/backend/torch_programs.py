@@ -102,6 +102,10 @@ def _measured_last(program):
     float32, 6 GB more in 24 blocks of 16 x 2048 tokens and 1024 channels.
     """
     graph, learned = program.graph, set()
+    schemas = [getattr(node.target, "_schema", None) for node in graph.nodes]
+    if any(schema is not None and schema.is_mutable for schema in schemas):
+        # What is written in place is not seen below: all keeps its order.
+        return program
     *_, output = graph.nodes
     for node in graph.nodes:
         detached = node.target is torch.ops.aten.detach.default
