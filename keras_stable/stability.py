@@ -352,7 +352,8 @@ def best_rate(outcomes):
     """
     losses = {}
     for o in by_run(outcomes).values():
-        losses.setdefault(o.learning_rate, []).append(o.loss)
+        if o.ending != "failed":
+            losses.setdefault(o.learning_rate, []).append(o.loss)
     means = {rate: statistics.fmean(own) for rate, own in losses.items()}
     means = {rate: m for rate, m in means.items() if math.isfinite(m)}
     return min(means, key=means.get) if means else None

@@ -74,15 +74,17 @@ class Sweep:
         flags: dictionary of flags of all runs, names with underscores; an
             arm's own win.
         experiment, question: strings, for reports.
-        extend: bool. Whether a directory of another search, or of fewer arms,
-            is gone on with; its runs count. Defaults to False: only one that
-            was declared the same is.
+        extend: bool. Whether these arms, and the rates and seeds of a
+            `Ladder`, are added to those of a sweep that is there; of other
+            searches the new one takes the old one's place. Its runs count.
+            Defaults to False: only a sweep that was declared the same is gone
+            on with.
 
     Attributes:
         path: `Path`.
         arms: dictionary from labels to `{"variant": dictionary, "flags":
             dictionary}`.
-        flags, search, experiment, question: as given.
+        flags, search, experiment, question: as given, or as joined.
         problems: dictionary from labels to lists of sentences about results
             that cannot be read, or are of mixed versions: see
             `read_outcomes`. Filled by `outcomes`.
@@ -136,10 +138,12 @@ class Sweep:
                 "search": _search_to_json(search),
             }
             declared = json.loads(json.dumps(declared))
-            self._take(declared)
             if before is not None:
                 before.pop("environment", None)
                 _compare(before, declared, self.path, extend)
+                if extend:
+                    declared = _joined(before, declared)
+            self._take(declared)
             if before != declared:
                 self.path.mkdir(parents=True, exist_ok=True)
                 now = {"environment": records.software()}
@@ -340,10 +344,10 @@ def _compare(before, declared, path, extend):
     theirs, ours = dict(before), dict(declared)
     if extend:
         # Runs of other rates, and other arms, are other directories.
+        both = theirs["arms"].keys() & ours["arms"].keys()
         for part in (theirs, ours):
             part.pop("search")
-        arms = {k: v for k, v in ours["arms"].items() if k in theirs["arms"]}
-        ours["arms"] = arms
+            part["arms"] = {label: part["arms"][label] for label in both}
     found = differences(theirs, ours)
     if found:
         more = f" and {len(found) - 8} more" if len(found) > 8 else ""
@@ -353,3 +357,17 @@ def _compare(before, declared, path, extend):
             "the directory alone, or give another directory. More rates, "
             "seeds or arms can be added to it: --extend."
         )
+
+
+def _joined(before, declared):
+    """What two declarations ask for together."""
+    found = {**declared, "arms": before["arms"] | declared["arms"]}
+    theirs, ours = before["search"], declared["search"]
+    if theirs["kind"] == ours["kind"] == "ladder":
+        joined = {k: [*theirs[k], *ours[k]] for k in ("rates", "seeds")}
+        joined = {k: [*dict.fromkeys(v)] for k, v in joined.items()}
+        ends = dict.fromkeys(theirs["at_ends"] + ours["at_ends"])
+        ends = [seed for seed in ends if seed not in joined["seeds"]]
+        joined |= {"rates": sorted(joined["rates"]), "at_ends": ends}
+        found["search"] = {"kind": "ladder", **joined}
+    return found

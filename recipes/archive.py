@@ -10,7 +10,7 @@ versions and commits; and `edge.tar.xz`: the runs that ended with a result, all
 their steps, a few of their tables (the first, the last, and between),
 no models and black boxes. Reports read it and sweeps go on from it, unpacked:
 
-    tar -C runs -xf recipes/results/edge.tar.xz
+    mkdir -p runs && tar -C runs -xf recipes/results/edge.tar.xz
     python recipes/sweep.py --out runs/edge
 """
 
@@ -107,14 +107,19 @@ def main(arguments=None):
     try:
         sweep = ks.Sweep(args.sweep)
         runs = [run for label in sweep.arms for run in sweep.runs(label)]
-        runs = [run for run in runs if sweep.status(run) == "ended"]
+        every, runs = runs, [r for r in runs if sweep.status(r) == "ended"]
         paths = [sweep.path / run.folder for run in runs]
         record = summary(sweep, paths, ks)
+        Path(args.to).parent.mkdir(parents=True, exist_ok=True)
         ks.records.write_json(args.to + ".json", record)
         pack(sweep, paths, args.to + ".tar.xz", args.tables, ks)
     except (ValueError, OSError) as error:
         sys.exit(f"archive: {error}")
     print(f"{len(paths)} runs: {args.to}.json, {args.to}.tar.xz")
+    print(f"It unpacks as {sweep.path.name}/.")
+    left_out = [run.folder for run in every if run not in runs]
+    if left_out:
+        print(f"Left out, without a result: {', '.join(left_out)}")
 
 
 if __name__ == "__main__":

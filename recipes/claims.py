@@ -1,6 +1,6 @@
 """Which of the paper's claims does a sweep of its ten methods reproduce?
 
-    tar -C runs -xf recipes/results/paper-lr.tar.xz
+    mkdir -p runs && tar -C runs -xf recipes/results/paper-lr.tar.xz
     python recipes/claims.py runs/paper-lr
 
 Prints the final validation loss of every run, beside the rates at which

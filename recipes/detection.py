@@ -159,22 +159,24 @@ def read(path):
     return [read_directory(folder) for folder in found]
 
 
+def warmup_of(config):
+    """Steps of warm-up in a run's configuration; `pretrain.py`'s default."""
+    steps = config.get("warmup_steps")
+    return (config.get("steps") or 0) // 20 if steps is None else steps
+
+
 def read_directory(path):
     record, health = ks.read_run(path), ks.read_health(path)
     config = record["config"]
     steps, _ = health.series("loss")
     if steps.tolist() != list(range(1, len(steps) + 1)):
         raise ValueError(f"{path} has not the loss of every step from 1 on.")
-    warmup = config.get("warmup_steps")
-    if warmup is None:
-        # The default of `pretrain.py`.
-        warmup = config.get("steps", 0) // 20
     corpus = record.get("corpus", {})
     scale = config.get("scale", "full")
     return {
         "name": path.name + ("" if scale == "full" else f"-{scale}"),
         "kind": config.get("kind", "lm"),
-        "warmup": warmup,
+        "warmup": warmup_of(config),
         "chance": record.get("chance", corpus.get("unigram_entropy")),
         "config": config,
         "made": {key: record[key] for key in MADE if key in record},

@@ -46,6 +46,7 @@ from detection import judge
 from detection import middle
 from detection import score
 from detection import table
+from detection import warmup_of
 from detection_rules import RULES
 
 import keras_stable as ks
@@ -88,8 +89,9 @@ def rows_of(path):
     found = [o for name in sweep.arms for o in sweep.outcomes(name)]
     found = [o for o in found if np.isfinite(o.loss)]
     read = {id(o): curves(o) for o in found}
-    warmup = sweep.flags["warmup_steps"]
     for o in found:
+        record = ks.read_run(o.path)
+        warmup = warmup_of(record["config"])
         best = min((b for b in found if b.seed == o.seed), key=lambda b: b.loss)
         own = min(b.loss for b in found if b.label == o.label)
         run, shares, caps = read[id(o)]
@@ -107,7 +109,7 @@ def rows_of(path):
         yield {
             "name": str(Path(o.path).relative_to(sweep.path.parent)),
             "label": became,
-            "started": ks.read_run(o.path).get("started", ""),
+            "started": record.get("started", ""),
             "loss": o.loss,
             "behind": float(behind[-1]),
             "ended": ended,

@@ -12,6 +12,7 @@ OUT/table.json and OUT/table.csv hold too.
     python recipes/sweep.py --variants paper --rates paper --search bisect \
         --devices 0,1 --slots 4 --out runs/b -- --size 10m --tokens 20e6
     python recipes/sweep.py --out runs/a            # goes on
+    python recipes/sweep.py --out runs/a --extend --rates 3e-2   # one more
     python recipes/sweep.py --out runs/a --show     # the table, as it is now
 
 What follows `--` are flags of pretrain.py, for all runs. Nothing is kept of a
@@ -41,13 +42,21 @@ def numbers(text):
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
-        return text
+        if text[:1].isalpha():
+            return text
+        raise argparse.ArgumentTypeError(
+            f"numbers separated by commas, or a name. Received: {text!r}"
+        ) from None
 
 
 def seeds(text):
     """`3`: 0, 1, 2; `4,` or `0,4`: those."""
     if "," in text:
         return tuple(int(part) for part in text.split(",") if part.strip())
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(
+            f"3 for the seeds 0, 1 and 2, or 0,4 for those. Received: {text!r}"
+        )
     return tuple(range(int(text)))
 
 
@@ -105,7 +114,8 @@ def parse(arguments, rest, ks):
     add(
         "--extend",
         action="store_true",
-        help="add rates, seeds or arms to the sweep that is in --out",
+        help="add rates, seeds or arms to the sweep that is in --out; what is "
+        "not said stays as it is there",
     )
     add = parser.add_argument_group("where it runs").add_argument
     add("--engine", default="local", help="local, or ray: a cluster (local)")
@@ -127,7 +137,12 @@ def parse(arguments, rest, ks):
     add(
         "--retry", action="store_true", help="try again what failed, once more"
     )
-    args = parser.parse_args(arguments)
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        parser.error(
+            f"no flags of the sweep: {' '.join(unknown)}. Those of pretrain.py "
+            "stand behind a double dash: sweep.py ... -- --steps 300"
+        )
     flags = build("The flags after --.", ks)
     flags.prog = "sweep.py ... --"
     return args, flags_of(rest, flags)
@@ -137,19 +152,36 @@ def declare(args, flags, ks):
     """The sweep in --out, as it is there or as it is asked for."""
     if args.experiment and args.variants:
         raise ValueError("Give --experiment or --variants, not both.")
-    arms, experiment = None, None
+    arms, experiment, there = None, None, None
+    search_flags = args.rates, args.seeds, args.at_ends, args.search
+    asked = any((flags, args.setup, *search_flags))
+    named = args.experiment or args.variants
+    if args.show and (asked or named or args.extend):
+        raise ValueError(
+            "--show changes nothing. Give it with --out, and --format, alone."
+        )
+    if args.extend and (not named or Path(args.out, "sweep.json").exists()):
+        # What is not said is as it is there.
+        there = ks.Sweep(args.out)
+        flags = {**there.flags, **setup(args.setup, None, ks), **flags}
     if args.experiment:
         ks.check_choice(args.experiment, ks.EXPERIMENTS, "experiment")
         experiment = ks.EXPERIMENTS[args.experiment]
         arms = experiment.arms
     elif args.variants:
-        names = args.variants.split(",")
+        names = [name.strip() for name in args.variants.split(",")]
         names = ks.PAPER if args.variants == "paper" else names
         arms = [ks.Arm(name) for name in names]
-    elif any((flags, args.setup, args.rates, args.seeds, args.search)):
+    elif there is not None:
+        arms = [
+            ks.Arm(label, ks.get_variant(arm["variant"]), arm["flags"])
+            for label, arm in there.arms.items()
+        ]
+    elif asked:
         raise ValueError(
             "Say what is compared, with --experiment or --variants; or give "
-            "--out alone, to go on with the sweep that is there."
+            "--out alone, to go on with the sweep that is there, or with "
+            "--extend, to add to it."
         )
     if arms is None:
         return ks.Sweep(args.out)
@@ -166,13 +198,15 @@ def declare(args, flags, ks):
         parser.prog = f"sweep: {arm.label}"
         parser.parse_args(arguments_of({**flags, **arm.flags}, parser))
     flags.setdefault("backend", os.environ["KERAS_BACKEND"])
+    name = there.experiment if there else None
+    known = experiment or there
     sweep = ks.Sweep(
         args.out,
         arms,
-        search(args, experiment, ks),
+        search(args, experiment, there, ks),
         flags=flags,
-        experiment=experiment and experiment.name,
-        question=experiment.question if experiment else "",
+        experiment=experiment.name if experiment else name,
+        question=known.question if known else "",
         extend=args.extend,
     )
     return sweep
@@ -189,8 +223,13 @@ def setup(name, experiment, ks):
     return {**flags, **ks.SETUPS[name]}
 
 
-def search(args, experiment, ks):
+def search(args, experiment, there, ks):
     rates, own = args.rates, args.seeds
+    if there is not None:
+        if not any((rates, own, args.at_ends, args.search)):
+            return there.search
+        if isinstance(there.search, ks.Ladder):
+            rates, own = rates or there.search.rates, own or there.search.seeds
     if rates is None:
         rates = experiment.rates if experiment else "wortsman"
     if own is None:
@@ -250,6 +289,8 @@ def show(sweep, args, ks):
     """Prints the table; returns whether runs failed."""
     rows = ks.sweep_table(sweep)
     print(ks.format_sweep_table(rows, args.format))
+    if wanted := len(sweep.wanted()):
+        print(f"{wanted} runs are still wanted.", file=sys.stderr)
     for label, problems in sweep.problems.items():
         for problem in problems:
             print(f"{label}: {problem}", file=sys.stderr)
@@ -283,6 +324,11 @@ def main(arguments=None):
         if args.retry:
             sweep.retry()
         command = command_of(sweep, ks, args.together)
+        rows = ks.sweep_table(sweep)
+        print(
+            f"{len(sweep.wanted())} runs to make, "
+            f"{sum(row['runs'] for row in rows)} are there."
+        )
         ks.run_sweep(sweep, workers, command, args.together)
         return int(show(sweep, args, ks))
     except (ValueError, OSError, ImportError) as error:

@@ -45,9 +45,13 @@ def test_a_sweep_travels_in_two_files(tmp_path, capsys):
     declared = arms("a", "weak", "broken")
     sweep = ks.Sweep(tmp_path / "edge", declared, ks.Ladder(RATES, (0, 1)))
     rows, _ = work(sweep)
-    packed = tmp_path / "packed"
+    packed = tmp_path / "results" / "packed"
     archive.main([str(sweep.path), str(packed)])
-    assert "16 runs" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "16 runs" in printed and "It unpacks as edge/." in printed
+    *_, left_out = printed.splitlines()
+    assert left_out.startswith("Left out, without a result: broken/lr-")
+    assert "a/lr-" not in left_out and "weak/" not in left_out
 
     found = unpack(f"{packed}.tar.xz", tmp_path / "there")
     assert found.path.name == "edge" and found.arms == sweep.arms

@@ -119,6 +119,10 @@ def test_best_rate_and_margin():
         outcome(1.6e-2, "nonfinite"),
     ]
     assert ks.best_rate(outcomes) == 2e-3
+    # A seed that failed says nothing of its rate; one with a NaN does.
+    assert ks.best_rate([*outcomes, outcome(2e-3, "failed", seed=9)]) == 2e-3
+    lost = outcome(2e-3, "nonfinite", seed=9)
+    assert ks.best_rate([*outcomes, lost]) == 1e-3
     assert ks.stability_margin(outcomes) == pytest.approx((4.0, 8.0))
     lost = [outcome(1e-3, "nonfinite")]
     assert ks.best_rate(lost) is None

@@ -125,8 +125,18 @@ def test_another_declaration_is_refused_with_what_differs(tmp_path):
     assert len(ks.Sweep(tmp_path).wanted()) == 16
     with pytest.raises(ValueError, match="arms.a.variant.name is"):
         ks.Sweep(tmp_path, [ks.Arm("a", "qk_norm")], ks.Ladder(RATES), **given)
-    with pytest.raises(ValueError, match="arms.b is .* there and None here"):
-        ks.Sweep(tmp_path, arms("a"), ks.Ladder(RATES), **given)
+    # What is there stays, whatever is added.
+    more = ks.Ladder((RATES[0], 0.5), (2, 1), at_ends=(7,))
+    joined = ks.Sweep(tmp_path, arms("c"), more, **given)
+    assert [*joined.arms] == ["a", "b", "c"]
+    search = ks.Ladder((*RATES, 0.5), (0, 1, 2), at_ends=(7,))
+    assert joined.search == ks.Sweep(tmp_path).search == search
+    # A seed for the ends that is a seed of all rates now.
+    seven = ks.Ladder(RATES, (7,))
+    found = ks.Sweep(tmp_path, arms("a"), seven, **given).search
+    assert found == ks.Ladder((*RATES, 0.5), (0, 1, 2, 7))
+    other = ks.Bisection(1e-3, 1e-1)
+    assert ks.Sweep(tmp_path, arms("a"), other, **given).search == other
 
 
 def test_what_is_no_sweep(tmp_path):
@@ -594,6 +604,9 @@ def test_the_recipe_runs_pretrain(recipe, text, tmp_path, capsys):
 REFUSED = {
     "--out NEW": "There is no sweep in",
     "--out NEW --rates 1e-3": "Say what is compared",
+    "--out NEW --extend --rates 1e-3": "There is no sweep in",
+    "--out NEW --variants paper --show": "--show changes nothing",
+    "--out NEW --extend --show": "--show changes nothing",
     "--out NEW --variants a --experiment b": "not both",
     "--out NEW --variants qk_nrom": "Did you mean 'qk_norm'",
     "--out NEW --variants baseline,baseline": "Two arms are called",
@@ -603,8 +616,6 @@ REFUSED = {
     "--out NEW --variants paper --rates 1e-3,-1": "positive number",
     "--out NEW --variants paper --rates 1e-3,nan": "positive number",
     "--out NEW --variants paper --rates 1e-3,1e-3": "none twice",
-    "--out NEW --variants paper --rates ,": "Unknown ladder",
-    "--out NEW --variants paper --seeds 0": "at least one",
     "--out NEW --variants paper --seeds 1,1": "none twice",
     "--out NEW --variants paper --seeds 1,-1": "at least 0",
     "--out NEW --variants paper --search bisct": "Did you mean 'bisect'",
@@ -640,14 +651,43 @@ def test_bad_input_is_one_clear_sentence(
         "--variants paper": "--out",
         "--out x --variants paper -- --stepz 3": "unrecognized arguments",
         "--out x --variants paper -- --steps 0": "invalid positive integer",
-        "--out x --variants paper --steps 3": "unrecognized arguments: --steps",
-        "--out x --variants paper --seeds a": "invalid seeds value",
+        "--out x --variants paper --steps 3": "sweep: --steps 3. Those of",
+        "--out x --variants paper --seeds a": "or 0,4 for those. Received: 'a'",
+        "--out x --variants paper --seeds 0": "or 0,4 for those. Received: '0'",
+        "--out x --variants paper --rates ,": "or a name. Received: ','",
+        "--out x --variants paper --rates 1e-3,,1": "Received: '1e-3,,1'",
     }.items(),
 )
 def test_bad_words(recipe, words, message, capsys):
     with pytest.raises(SystemExit):
         recipe.main(words.split())
     assert message in capsys.readouterr().err
+
+
+def test_what_is_added_to_a_sweep_leaves_the_rest(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(ks, "run_sweep", lambda *args: None)
+    out = ["--out", str(tmp_path / "edge")]
+    first = ["--variants", "baseline, qk_norm", "--rates", "1e-3,1e-2"]
+    recipe.main([*out, *first, "--seeds", "2", "--", "--steps", "9"])
+    before = ks.Sweep(out[1])
+    assert "4 runs" not in capsys.readouterr().out  # Of two arms: eight.
+    recipe.main([*out, "--extend", "--rates", "3e-2"])
+    printed = capsys.readouterr()
+    assert "12 runs to make, 0 are there." in printed.out
+    assert "12 runs are still wanted." in printed.err
+    after = ks.Sweep(out[1])
+    assert (after.arms, after.flags) == (before.arms, before.flags)
+    assert after.search == ks.Ladder((1e-3, 1e-2, 3e-2), (0, 1))
+    recipe.main([*out, "--extend", "--variants", "qkv_norm"])
+    more = ks.Sweep(out[1])
+    assert [*more.arms] == ["baseline", "qk_norm", "qkv_norm"]
+    assert (more.flags, more.search) == (after.flags, after.search)
+    with pytest.raises(SystemExit, match="flags.steps is 9 there and 8 here"):
+        recipe.main([*out, "--extend", "--seeds", "3", "--", "--steps", "8"])
+    recipe.main([*out, "--show"])
+    assert ks.Sweep(out[1]).search == more.search
 
 
 def test_flags_that_an_arm_cannot_have_are_found_first(
