@@ -22,6 +22,7 @@ from pathlib import Path
 
 from keras_stable import processes
 from keras_stable import records
+from keras_stable.choices import check_choice
 from keras_stable.choices import nearest
 from keras_stable.lr_search import Bisection
 from keras_stable.lr_search import Ladder
@@ -224,7 +225,11 @@ class Sweep:
         """`Outcome`s of an arm's runs that ended, or failed for good.
 
         A run whose result cannot be read counts as failed: see `problems`.
+
+        Raises:
+            ValueError: for an arm that the sweep has not.
         """
+        check_choice(label, self.arms, "arm")
         status = {run: self.status(run) for run in self.runs(label)}
         ended = {run for run, state in status.items() if state == "ended"}
         failed = {run for run, state in status.items() if state == "failed"}

@@ -139,6 +139,13 @@ def test_another_declaration_is_refused_with_what_differs(tmp_path):
     assert ks.Sweep(tmp_path, arms("a"), other, **given).search == other
 
 
+def test_an_arm_that_is_not_there(tmp_path):
+    sweep = ks.Sweep(tmp_path, arms("a", "weak"), ks.Ladder(RATES))
+    assert sweep.outcomes("weak") == []
+    with pytest.raises(ValueError, match="Unknown arm. Did you mean 'weak'"):
+        sweep.outcomes("week")
+
+
 def test_what_is_no_sweep(tmp_path):
     ladder = ks.Ladder(RATES)
     with pytest.raises(FileNotFoundError, match="There is no sweep in"):
