@@ -268,6 +268,27 @@ def test_without_a_browser_the_error_says_what_to_do(pages, monkeypatch):
         screenshots.open_browser(None)
 
 
+def test_a_browser_that_is_none_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_STABLE_BROWSER", "/nonexistent")
+    with pytest.raises(FileNotFoundError, match="'/nonexistent', and no prog"):
+        screenshots.find_browser()
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("KERAS_STABLE_BROWSER", str(program))
+
+    def save():
+        with sync_api.sync_playwright() as playwright:
+            screenshots.open_browser(playwright)
+
+    # In a thread of its own: in this one Playwright is at work already.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with pytest.raises(OSError, match="program does not start") as caught:
+            pool.submit(save).result()
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_scripts_are_javascript(tmp_path):
     """Where no browser is: Playwright brings a Node that parses them."""
     spec = importlib.util.find_spec("playwright")
