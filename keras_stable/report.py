@@ -3,6 +3,7 @@
 import csv
 import datetime
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,9 @@ def write_report(paths, file=None, format="html", csv=None, png=None):
             `pip install "keras-stable[lab]"`.
         ValueError: for another format.
 
+    Warns:
+        UserWarning: if the page has no stability table, and why.
+
     Example:
 
     >>> write_report("runs/table", "table.html")        # doctest: +SKIP
@@ -94,6 +98,8 @@ def write_report(paths, file=None, format="html", csv=None, png=None):
         return tables
     file = Path(file or Path(paths[0]) / "report.html")
     file.write_text(render(data, data["title"]), "utf-8", newline="\n")
+    if "missing" in data["stability"]:
+        warnings.warn(data["stability"]["missing"], stacklevel=2)
     if png is not None:
         save_figures(file, png)
     return file
@@ -138,9 +144,16 @@ def page_data(digests, paths):
         found = {r[key] for r in runs if r[key] is not None}
         return sorted(found, key=order.index if order else None)
 
-    variants = in_order({run["label"]: run["variant"] for run in runs})
+    variants = {}
+    for run in runs:
+        # A run whose record is lost does not say of which variant it is.
+        known = variants.get(run["label"], "")
+        variants[run["label"]] = run["variant"] or known
+    variants = in_order(variants)
     now = datetime.datetime.now(datetime.timezone.utc)
     names = [Path(path).resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [*dict.fromkeys(map(str, paths))]
     named = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return {
         "title": f"Stability report: {named}",
@@ -172,27 +185,37 @@ def _question(path):
 
 def _outcomes(digests):
     """Outcomes of the runs, and what is to be said of them together."""
-    notes, paths = [], [digest.path for digest in digests]
-    # What cannot be read is in the digests' problems.
-    known = {f"{digest.path} is left out" for digest in digests}
+    notes, found, paths = [], [], [digest.path for digest in digests]
     try:
-        outcomes = read_outcomes(paths, problems=notes)
+        outcomes = read_outcomes(paths, problems=found)
     except json_files.WRONG as error:
         # Two runs of one name, or a name for different things.
-        notes, outcomes = [str(error)], []
+        notes, found, outcomes = [str(error)], [], []
         for digest in digests:
             try:
-                outcomes += read_outcomes(digest.path, problems=[])
+                outcomes += read_outcomes(digest.path, problems=found)
             except json_files.WRONG as wrong:
                 digest.problems.append(f"it cannot be scored: {wrong}")
-    return outcomes, [note for note in notes if note.split(":")[0] not in known]
+    # What is said of one run stands beside it.
+    by_path = {str(digest.path): digest for digest in digests}
+    for note in dict.fromkeys(found):
+        own = [path for path in by_path if note.startswith(f"{path} ")]
+        if not own:
+            notes.append(note)
+            continue
+        path = max(own, key=len)
+        digest, note = by_path[path], note[len(path) + 1 :]
+        if not (note.startswith("is left out") and digest.problems):
+            digest.problems.append(text(note))
+    return outcomes, notes
 
 
 def _stability(outcomes, variants, notes):
     try:
         table = stability_table(outcomes, variants)
     except ValueError:
-        table = {"rates": [], "rows": [], "notes": ["There is no table:"]}
+        why = f"There is no stability table: {' '.join(notes)}"
+        return {"rates": [], "rows": [], "notes": [why], "missing": why}
     return {**table, "notes": table["notes"] + notes}
 
 

@@ -228,7 +228,8 @@ def test_no_value_in_a_record_stops_the_report(sweep, tmp_path):
                 lines = [*health[:9], json.dumps(line), *health[9:12]]
                 (folder / "health.jsonl").write_text("\n".join(lines) + "\n")
     assert count > 100
-    page = ks.write_report(tmp_path, tmp_path / "page.html")
+    with pytest.warns(UserWarning, match="no stability table"):
+        page = ks.write_report(tmp_path, tmp_path / "page.html")
     assert len(data_of(page)["runs"]) == count
     assert ks.write_report(tmp_path, format="markdown").count("run-") >= count
 
@@ -236,7 +237,9 @@ def test_no_value_in_a_record_stops_the_report(sweep, tmp_path):
 def test_two_runs_of_one_name_are_shown_without_a_table(sweep, tmp_path):
     for name in "ab":
         copy_run(sweep / "baseline/lr-0.002/seed-0", tmp_path / name)
-    data = data_of(ks.write_report(tmp_path, tmp_path / "page.html"))
+    page = tmp_path / "page.html"
+    with pytest.warns(UserWarning, match="no stability table: Two runs of"):
+        data = data_of(ks.write_report(tmp_path, page))
     assert [run["ending"] for run in data["runs"]] == ["converged"] * 2
     assert not data["stability"]["rows"]
     assert any("Two runs of" in note for note in data["stability"]["notes"])
@@ -308,6 +311,15 @@ def test_the_recipe_writes_what_it_says(sweep, tmp_path, capsys):
     assert "0.008" in line
     with pytest.raises(SystemExit, match="report: .* does not exist"):
         recipe.main([str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="2"):
+        recipe.main([str(sweep), "--format", "markdown", "--png", "x"])
+    assert "leave --format markdown out" in capsys.readouterr().err
+    for name in "ab":
+        copy_run(sweep / "baseline/lr-0.002/seed-0", tmp_path / f"two/{name}")
+    recipe.main([str(tmp_path / "two"), "--file", str(page)])
+    problem, written = capsys.readouterr().out.splitlines()
+    assert problem.startswith("report: There is no stability table: Two runs")
+    assert written == str(page)
 
 
 def test_scripts_are_those_that_the_policy_names():
