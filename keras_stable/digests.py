@@ -319,7 +319,7 @@ def _attention(digest, health, cells):
         digest.attention[name] = pack(values.T, "i2")
     facts = digest.facts
     entropies = values[-1][np.isfinite(values[-1])]
-    facts["entropy"] = number(entropies.min()) if len(entropies) else None
+    facts["min_entropy"] = number(entropies.min()) if len(entropies) else None
 
 
 def _updates(digest, health, cells):

@@ -12,7 +12,7 @@ from keras_stable import json_files
 from keras_stable.choices import check_choice
 from keras_stable.comparison import compare_configs
 from keras_stable.comparison import growths
-from keras_stable.criteria import classify
+from keras_stable.criteria import MEANINGS
 from keras_stable.criteria import spike_rate_robust
 from keras_stable.digests import SCALARS
 from keras_stable.digests import find_runs
@@ -32,11 +32,16 @@ from keras_stable.standings import stability_table
 # What a page holds of all runs together: each of a hundred gets 1000 points
 # of a curve, of fewer as well, and of more accordingly less.
 RUNS, POINTS, CELLS = 100, 1000, 8000
-# Endings of a page: those of an outcome, and of a run that has none yet.
-STATES = (*ENDINGS, "unfinished", "unreadable")
+# Endings of a page: those of an outcome, and of a run that has none.
+NO_ENDING = {
+    "unfinished": "It goes on or was interrupted, and counts nowhere.",
+    "unknown": "What a monitor wrote, without a run.json: it counts nowhere.",
+    "unreadable": "Its records cannot be read: it counts nowhere.",
+}
+STATES = (*ENDINGS, *NO_ENDING)
 COLUMNS = (
     *("label", "rate", "seed", "ending", "verdict", "status", "loss"),
-    *("perplexity", "initial", "max_logit", "entropy", "growth", "spikes"),
+    *("perplexity", "initial", "max_logit", "min_entropy", "growth", "spikes"),
     *("events_total", "steps_done", "parameters", "started", "path"),
 )
 
@@ -163,6 +168,7 @@ def page_data(digests, paths):
         "limits": _limits(len(runs)),
         "runs": runs,
         "endings": ENDINGS,
+        "meanings": MEANINGS | NO_ENDING,
         "present": present("ending", STATES),
         "labels": list(variants),
         "rates": present("rate"),
@@ -240,9 +246,7 @@ def _state(digest):
     if digest.facts["failure"]:
         return "failed"
     if "loss" in digest.series and digest.facts["status"] == "no run.json":
-        # A monitor's records, made by another program.
-        norms = digest.series.get("gradient_norm", (None, None))[1]
-        return classify(digest.series["loss"][1], norms)
+        return "unknown"
     return "unreadable"
 
 

@@ -232,6 +232,44 @@ def test_a_run_is_chosen_by_a_click(pages, view):
     page.wait_for_function("stabilityReport.state.run !== 9")
 
 
+def test_markers_and_meanings_tell_endings_apart(pages, view):
+    page = view(pages["sweep"], DESKTOP)
+    marks = page.evaluate(
+        """["converged", "spiked", "degraded", "collapsed", "diverged"]
+          .map((ending) => markOf({ending}))"""
+    )
+    assert marks == ["filled", "filled", "hollow", "cross", "cross"]
+    words = page.locator("#rates .lead").inner_text().lower()
+    assert all(mark in words for mark in marks)
+    page.locator("#meanings summary").click()
+    assert "unigram entropy" in page.locator("#meanings").inner_text()
+
+
+def test_short_logarithmic_axes_have_ticks(pages, view):
+    page = view(pages["sweep"], DESKTOP)
+    plots(page)
+    found = page.evaluate(
+        """[...document.querySelectorAll("[data-name=norms] .yaxislayer-above,"
+          + "[data-name=norms] .yaxislayer-below")].map(
+          (axis) => axis.querySelectorAll("text").length)"""
+    )
+    assert len([n for n in found if n]) == 3, found
+    assert min(n for n in found if n) > 2, found
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_names_are_whole(pages, view, size):
+    page = view(pages["broken"], size)
+    cut = page.evaluate(
+        """[...document.querySelectorAll("tbody th, td.long")].filter(
+          (cell) => cell.scrollWidth > cell.clientWidth + 1).length"""
+    )
+    assert cut == 0
+    options = page.locator("#run-controls option").all_inner_texts()
+    (long,) = (text for text in options if text.startswith("a long label"))
+    assert "…, 0.2, seed 0 (" in long
+
+
 def test_saves_png_and_csv(pages, view):
     page = view(pages["broken"], DESKTOP)
     plots(page)
