@@ -50,7 +50,9 @@ function logTicks(values) {
       : undefined};
 }
 
-const lost = (run) => !["converged", "spiked", "degraded"].includes(run.ending);
+// A run without an ending is neither.
+const lost = (run) => DATA.endings.includes(run.ending) &&
+  !["converged", "spiked", "degraded"].includes(run.ending);
 
 // A degraded run is not lost, and not stable either.
 const markOf = (run) => lost(run) ? "cross" :
