@@ -10,6 +10,32 @@ from keras_stable.detectors import SERIES
 from keras_stable.detectors import Spike
 from keras_stable.events import check
 
+# What endings mean, in the order in which they are looked for, to be read
+# beside results. The limits are the defaults of `classify`, `Spike` and
+# `collapsed`.
+MEANINGS = {
+    "failed": "No result after every attempt: it counts nowhere.",
+    "nonfinite": "A NaN or infinity among the training losses, the gradient "
+    "norms (but for steps that loss scaling left out) or the final validation "
+    "loss.",
+    "diverged": "The median of the last 2 % of the training losses (20 at "
+    "least) rose by more than 0.5 nats above its least value and stayed there "
+    "for the last 5 % of the steps or more. Or the final validation loss is "
+    "no better than the unigram entropy of the text, or than the loss of the "
+    "first step: such a run counts as lost, so that too few steps at a low "
+    "rate look like an unstable rate. Or, if it has not collapsed, the "
+    "monitor ended it before its last step.",
+    "collapsed": "In the last table over half of the attention heads look at "
+    "a single key: their normalised entropy is below 0.01.",
+    "degraded": "At a higher rate than the best of its label, with a final "
+    "validation loss more than 0.25 nats above that: the best with the same "
+    "seed, if that was run at the best rate, otherwise with any.",
+    "spiked": "After step 64, a training loss was over 6 sigma and 0.4 nats "
+    "above the median of the last 128 usual ones, or three of five were over "
+    "6 sigma and 0.1 nats.",
+    "converged": "None of these.",
+}
+
 
 def _curve(values, what):
     values = np.asarray(values, "float64")

@@ -21,6 +21,7 @@ from keras_stable.curves import thin
 from keras_stable.curves import trailing_median
 from keras_stable.health import read_health
 from keras_stable.records import directories_with
+from keras_stable.records import place_of
 from keras_stable.records import read_json
 
 TEXT = 300  # Characters of a text that a report shows.
@@ -151,6 +152,11 @@ def read_digest(path, points=1000, cells=8000):
         except (OSError, *json_files.WRONG) as error:
             digest.problems.append(text(f"{name} cannot be read: {error}"))
     _identify(digest, *found.values())
+    if digest.facts["status"] == "no run.json":
+        digest.problems.append(
+            "has no run.json, and so no ending: nothing says how many steps "
+            "it was to make and what its validation loss is"
+        )
     try:
         health = read_health(path)
     except FileNotFoundError:
@@ -171,7 +177,9 @@ def read_digest(path, points=1000, cells=8000):
 
 
 def _identify(digest, record, failure):
-    config = _object(record.get("config"))
+    # Of a run without a record its place in a sweep may tell.
+    place = {} if record else place_of(digest.path)
+    config = {**place, **_object(record.get("config"))}
     variant = config.get("variant")
     if isinstance(variant, dict):
         variant = variant.get("name")
@@ -311,7 +319,7 @@ def _attention(digest, health, cells):
         digest.attention[name] = pack(values.T, "i2")
     facts = digest.facts
     entropies = values[-1][np.isfinite(values[-1])]
-    facts["entropy"] = number(entropies.min()) if len(entropies) else None
+    facts["min_entropy"] = number(entropies.min()) if len(entropies) else None
 
 
 def _updates(digest, health, cells):

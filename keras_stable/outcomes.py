@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 import warnings
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from keras_stable.detectors import collapsed
 from keras_stable.health import read_health
 from keras_stable.records import directories_with
 from keras_stable.records import from_json
+from keras_stable.records import place_of
 from keras_stable.stability import Outcome
 
 # Flags in which runs of an arm may differ.
@@ -34,7 +34,6 @@ FREE = (
 ).split()
 # What makes arms hard to compare, unless that is the question.
 SHARED = "steps batch_size sequence_length data tokenizer".split()
-_PLACE = re.compile(r"lr-([^/]+)/seed-(\d+)$")
 # What `status` in run.json may be.
 ENDED, OPEN = ("finished", "diverged"), ("running", "interrupted")
 
@@ -200,15 +199,8 @@ def _read_once(directory, stamps, thresholds):
 
 
 def _failed(directory, record):
-    known = {**record.get("config", {})}
+    known = {**record.get("config", {}), **place_of(directory)}
     failure = from_json(json_files.read_json(directory / "failure.json"))
-    place = _PLACE.search(directory.resolve().as_posix())
-    if place:
-        known |= {
-            "label": directory.resolve().parents[1].name,
-            "learning_rate": float(place[1]),
-            "seed": int(place[2]),
-        }
     names = ("label", "learning_rate", "seed", "steps")
     known |= {name: failure[name] for name in names if name in failure}
     if "learning_rate" not in known or "seed" not in known:
@@ -243,6 +235,7 @@ def _finished(directory, record, thresholds):
         losses = health.series("loss")[1].astype("float64")
         ending = _ending(health, losses, loss, corpus, thresholds)
         more = _measured(health, losses)
+        problem = _cut_off(directory, health, record.get("steps_done"))
     except (OSError, *json_files.WRONG) as error:
         problem = (
             f"{directory} has no curves that can be read, and is judged by "
@@ -273,6 +266,16 @@ def _finished(directory, record, thresholds):
         **more,
     )
     return outcome, record, problem
+
+
+def _cut_off(directory, health, done):
+    found, done = len(health.steps), _number(done)
+    if not found < done:
+        return None
+    return (
+        f"{directory} has the curves of {found} steps alone, of {done:g} that "
+        "its run.json says were made, and is judged by those"
+    )
 
 
 def _ending(health, losses, loss, corpus, thresholds):

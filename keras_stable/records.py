@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -221,6 +222,25 @@ def read_run(path):
         ValueError: if it is no JSON object.
     """
     return json_files.read_json(Path(path) / "run.json")
+
+
+def place_of(directory):
+    """What the place of a sweep's run, `LABEL/lr-RATE/seed-SEED`, says of it.
+
+    Returns:
+        Dictionary of `"label"`, `"learning_rate"` and `"seed"`; empty for
+        another place.
+
+    >>> place_of("runs/qk_norm/lr-0.006/seed-1")
+    {'label': 'qk_norm', 'learning_rate': 0.006, 'seed': 1}
+    """
+    path = Path(directory).resolve()
+    found = re.search(r"/lr-([0-9.e+-]+)/seed-([0-9]+)$", path.as_posix())
+    try:
+        rate, seed = float(found[1]), int(found[2])
+    except (TypeError, ValueError):
+        return {}
+    return {"label": path.parents[1].name, "learning_rate": rate, "seed": seed}
 
 
 def directories_with(paths, *names):

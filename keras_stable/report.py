@@ -3,6 +3,7 @@
 import csv
 import datetime
 import math
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from keras_stable import json_files
 from keras_stable.choices import check_choice
 from keras_stable.comparison import compare_configs
 from keras_stable.comparison import growths
-from keras_stable.criteria import classify
+from keras_stable.criteria import MEANINGS
 from keras_stable.criteria import spike_rate_robust
 from keras_stable.digests import SCALARS
 from keras_stable.digests import find_runs
@@ -31,11 +32,16 @@ from keras_stable.standings import stability_table
 # What a page holds of all runs together: each of a hundred gets 1000 points
 # of a curve, of fewer as well, and of more accordingly less.
 RUNS, POINTS, CELLS = 100, 1000, 8000
-# Endings of a page: those of an outcome, and of a run that has none yet.
-STATES = (*ENDINGS, "unfinished", "unreadable")
+# Endings of a page: those of an outcome, and of a run that has none.
+NO_ENDING = {
+    "unfinished": "It goes on or was interrupted, and counts nowhere.",
+    "unknown": "What a monitor wrote, without a run.json: it counts nowhere.",
+    "unreadable": "Its records cannot be read: it counts nowhere.",
+}
+STATES = (*ENDINGS, *NO_ENDING)
 COLUMNS = (
     *("label", "rate", "seed", "ending", "verdict", "status", "loss"),
-    *("perplexity", "initial", "max_logit", "entropy", "growth", "spikes"),
+    *("perplexity", "initial", "max_logit", "min_entropy", "growth", "spikes"),
     *("events_total", "steps_done", "parameters", "started", "path"),
 )
 
@@ -73,6 +79,9 @@ def write_report(paths, file=None, format="html", csv=None, png=None):
             `pip install "keras-stable[lab]"`.
         ValueError: for another format.
 
+    Warns:
+        UserWarning: if the page has no stability table, and why.
+
     Example:
 
     >>> write_report("runs/table", "table.html")        # doctest: +SKIP
@@ -94,6 +103,8 @@ def write_report(paths, file=None, format="html", csv=None, png=None):
         return tables
     file = Path(file or Path(paths[0]) / "report.html")
     file.write_text(render(data, data["title"]), "utf-8", newline="\n")
+    if "missing" in data["stability"]:
+        warnings.warn(data["stability"]["missing"], stacklevel=2)
     if png is not None:
         save_figures(file, png)
     return file
@@ -138,9 +149,16 @@ def page_data(digests, paths):
         found = {r[key] for r in runs if r[key] is not None}
         return sorted(found, key=order.index if order else None)
 
-    variants = in_order({run["label"]: run["variant"] for run in runs})
+    variants = {}
+    for run in runs:
+        # A run whose record is lost does not say of which variant it is.
+        known = variants.get(run["label"], "")
+        variants[run["label"]] = run["variant"] or known
+    variants = in_order(variants)
     now = datetime.datetime.now(datetime.timezone.utc)
     names = [Path(path).resolve().name for path in paths]
+    if len(set(names)) < len(names):
+        names = [*dict.fromkeys(map(str, paths))]
     named = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
     return {
         "title": f"Stability report: {named}",
@@ -150,6 +168,7 @@ def page_data(digests, paths):
         "limits": _limits(len(runs)),
         "runs": runs,
         "endings": ENDINGS,
+        "meanings": MEANINGS | NO_ENDING,
         "present": present("ending", STATES),
         "labels": list(variants),
         "rates": present("rate"),
@@ -172,27 +191,37 @@ def _question(path):
 
 def _outcomes(digests):
     """Outcomes of the runs, and what is to be said of them together."""
-    notes, paths = [], [digest.path for digest in digests]
-    # What cannot be read is in the digests' problems.
-    known = {f"{digest.path} is left out" for digest in digests}
+    notes, found, paths = [], [], [digest.path for digest in digests]
     try:
-        outcomes = read_outcomes(paths, problems=notes)
+        outcomes = read_outcomes(paths, problems=found)
     except json_files.WRONG as error:
         # Two runs of one name, or a name for different things.
-        notes, outcomes = [str(error)], []
+        notes, found, outcomes = [str(error)], [], []
         for digest in digests:
             try:
-                outcomes += read_outcomes(digest.path, problems=[])
+                outcomes += read_outcomes(digest.path, problems=found)
             except json_files.WRONG as wrong:
                 digest.problems.append(f"it cannot be scored: {wrong}")
-    return outcomes, [note for note in notes if note.split(":")[0] not in known]
+    # What is said of one run stands beside it.
+    by_path = {str(digest.path): digest for digest in digests}
+    for note in dict.fromkeys(found):
+        own = [path for path in by_path if note.startswith(f"{path} ")]
+        if not own:
+            notes.append(note)
+            continue
+        path = max(own, key=len)
+        digest, note = by_path[path], note[len(path) + 1 :]
+        if not (note.startswith("is left out") and digest.problems):
+            digest.problems.append(text(note))
+    return outcomes, notes
 
 
 def _stability(outcomes, variants, notes):
     try:
         table = stability_table(outcomes, variants)
     except ValueError:
-        table = {"rates": [], "rows": [], "notes": ["There is no table:"]}
+        why = f"There is no stability table: {' '.join(notes)}"
+        return {"rates": [], "rows": [], "notes": [why], "missing": why}
     return {**table, "notes": table["notes"] + notes}
 
 
@@ -217,9 +246,7 @@ def _state(digest):
     if digest.facts["failure"]:
         return "failed"
     if "loss" in digest.series and digest.facts["status"] == "no run.json":
-        # A monitor's records, made by another program.
-        norms = digest.series.get("gradient_norm", (None, None))[1]
-        return classify(digest.series["loss"][1], norms)
+        return "unknown"
     return "unreadable"
 
 

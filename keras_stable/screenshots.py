@@ -15,9 +15,18 @@ def find_browser():
     `KERAS_STABLE_BROWSER`, if it is set; else the first of `NAMES` that the
     system finds; else the one that `playwright install chromium` brought,
     which Playwright finds itself: `""`.
+
+    Raises:
+        FileNotFoundError: if `KERAS_STABLE_BROWSER` names no program.
     """
     named = os.environ.get("KERAS_STABLE_BROWSER")
-    found = named or next(filter(None, map(shutil.which, NAMES.split())), None)
+    if named and shutil.which(named) is None:
+        raise FileNotFoundError(
+            f"KERAS_STABLE_BROWSER is {named!r}, and no program is there: let "
+            "it be the path of a Chromium or Chrome, or unset it."
+        )
+    names = [named] if named else NAMES.split()
+    found = next(filter(None, map(shutil.which, names)), None)
     if found is None:
         cache = Path.home() / ".cache/ms-playwright"
         return "" if any(cache.glob("chromium*")) else None
@@ -32,6 +41,7 @@ def open_browser(playwright):
 
     Raises:
         FileNotFoundError: if there is none.
+        OSError: if it does not start.
     """
     path = find_browser()
     if path is None:
@@ -44,9 +54,18 @@ def open_browser(playwright):
     arguments = ["--disable-gpu", "--no-zygote"]
     if getattr(os, "geteuid", lambda: 1)() == 0:
         arguments.append("--no-sandbox")
-    return playwright.chromium.launch(
-        executable_path=path or None, args=arguments
-    )
+    from playwright.sync_api import Error
+
+    try:
+        return playwright.chromium.launch(
+            executable_path=path or None, args=arguments
+        )
+    except Error as error:
+        # Playwright's message is the whole log of the program.
+        raise OSError(
+            f"{path or 'The browser of Playwright'} does not start as a "
+            f"headless Chromium: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def save_figures(page, folder, width=1200):

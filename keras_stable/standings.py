@@ -138,6 +138,12 @@ def _notes(rows, variants):
             "at 3e-4, +-0.1, only of methods that survived 40e-3. Its numbers "
             "stand here as others quote them."
         )
+        notes.append(
+            "Perplexities of the runs and of the paper cannot be compared: "
+            "those of the runs are per token of their own tokenizer (per byte, "
+            "if that is bytes), the paper's per token of its own, of another "
+            "text."
+        )
         for doubt, who in doubts.items():
             notes.append(f"{', '.join(who)}: {doubt.replace('`', '')}")
     return notes

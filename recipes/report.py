@@ -16,6 +16,7 @@ Chromium or Chrome of the system, or the one in KERAS_STABLE_BROWSER.
 import argparse
 import os
 import sys
+import warnings
 
 # Reads files alone: whichever backend is there.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -38,15 +39,21 @@ def main(arguments=None):
     add("--csv", metavar="DIR", help="outcomes.csv and curves.csv, all steps")
     add("--png", metavar="DIR", help="the page's figures")
     args = parser.parse_args(arguments)
+    if args.png and args.format == "markdown":
+        parser.error("--png draws the page: leave --format markdown out")
 
     import keras_stable as ks
 
     try:
-        written = ks.write_report(
-            args.directories, args.file, args.format, args.csv, args.png
-        )
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            written = ks.write_report(
+                args.directories, args.file, args.format, args.csv, args.png
+            )
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"report: {error}")
+    for warning in told:
+        print(f"report: {warning.message}")
     print(written)
 
 

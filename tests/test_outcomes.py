@@ -347,6 +347,16 @@ def test_without_curves_a_run_is_judged_by_its_record(tmp_path):
     assert all("by its run.json alone" in problem for problem in problems)
 
 
+def test_curves_that_were_cut_off_are_told(tmp_path):
+    record = {"steps_done": 200}
+    make_run(tmp_path, 1e-3, losses=falling(steps=90), record=record)
+    problems = []
+    (found,) = ks.read_outcomes(tmp_path, problems=problems)
+    assert found.steps_done == 200
+    (problem,) = problems
+    assert "the curves of 90 steps alone, of 200" in problem
+
+
 def test_two_of_one_run_and_two_settings_in_one_arm_are_refused(tmp_path):
     make_run(tmp_path / "one", 1e-3)
     make_run(tmp_path / "two", 1e-3)

@@ -232,6 +232,44 @@ def test_a_run_is_chosen_by_a_click(pages, view):
     page.wait_for_function("stabilityReport.state.run !== 9")
 
 
+def test_markers_and_meanings_tell_endings_apart(pages, view):
+    page = view(pages["sweep"], DESKTOP)
+    marks = page.evaluate(
+        """["converged", "spiked", "degraded", "collapsed", "diverged"]
+          .map((ending) => markOf({ending}))"""
+    )
+    assert marks == ["filled", "filled", "hollow", "cross", "cross"]
+    words = page.locator("#rates .lead").inner_text().lower()
+    assert all(mark in words for mark in marks)
+    page.locator("#meanings summary").click()
+    assert "unigram entropy" in page.locator("#meanings").inner_text()
+
+
+def test_short_logarithmic_axes_have_ticks(pages, view):
+    page = view(pages["sweep"], DESKTOP)
+    plots(page)
+    found = page.evaluate(
+        """[...document.querySelectorAll("[data-name=norms] .yaxislayer-above,"
+          + "[data-name=norms] .yaxislayer-below")].map(
+          (axis) => axis.querySelectorAll("text").length)"""
+    )
+    assert len([n for n in found if n]) == 3, found
+    assert min(n for n in found if n) > 2, found
+
+
+@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+def test_names_are_whole(pages, view, size):
+    page = view(pages["broken"], size)
+    cut = page.evaluate(
+        """[...document.querySelectorAll("tbody th, td.long")].filter(
+          (cell) => cell.scrollWidth > cell.clientWidth + 1).length"""
+    )
+    assert cut == 0
+    options = page.locator("#run-controls option").all_inner_texts()
+    (long,) = (text for text in options if text.startswith("a long label"))
+    assert "…, 0.2, seed 0 (" in long
+
+
 def test_saves_png_and_csv(pages, view):
     page = view(pages["broken"], DESKTOP)
     plots(page)
@@ -266,6 +304,27 @@ def test_without_a_browser_the_error_says_what_to_do(pages, monkeypatch):
     monkeypatch.setattr(Path, "home", lambda: Path("/nowhere"))
     with pytest.raises(FileNotFoundError, match="KERAS_STABLE_BROWSER"):
         screenshots.open_browser(None)
+
+
+def test_a_browser_that_is_none_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("KERAS_STABLE_BROWSER", "/nonexistent")
+    with pytest.raises(FileNotFoundError, match="'/nonexistent', and no prog"):
+        screenshots.find_browser()
+    sync_api = pytest.importorskip("playwright.sync_api")
+    program = tmp_path / "program"
+    program.write_text("#!/bin/sh\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("KERAS_STABLE_BROWSER", str(program))
+
+    def save():
+        with sync_api.sync_playwright() as playwright:
+            screenshots.open_browser(playwright)
+
+    # In a thread of its own: in this one Playwright is at work already.
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with pytest.raises(OSError, match="program does not start") as caught:
+            pool.submit(save).result()
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_scripts_are_javascript(tmp_path):

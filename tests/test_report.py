@@ -14,6 +14,7 @@ from runs import make_run
 from runs import make_sweep
 
 import keras_stable as ks
+from keras_stable import detectors
 from keras_stable import report
 from keras_stable.comparison import growth
 from keras_stable.curves import unpack
@@ -160,6 +161,7 @@ def test_csv_has_every_step(sweep, tmp_path):
     with open(tmp_path / "outcomes.csv", newline="") as file:
         outcomes = list(csv.DictReader(file))
     assert len(outcomes) == 16 and outcomes[1]["seed"] == "1"
+    assert float(outcomes[0]["min_entropy"]) == 0.5
     assert {o["ending"] for o in outcomes} == {"converged", "diverged"}
 
 
@@ -188,16 +190,90 @@ def test_runs_that_go_on_or_are_damaged_are_listed(sweep, tmp_path):
         "torn": "unreadable",
         "lines": "converged",
         "bare": "converged",
-        "alone": "converged",
+        "alone": "unknown",
         "seed-0": "failed",
     }
     assert "run.json" in runs["torn"]["problems"][0]
     assert "line 1" in runs["lines"]["problems"][0]
     assert runs["seed-0"]["failure"] == "out of memory"
     assert runs["seed-0"]["rate"] == 0.01
+    assert (runs["seed-0"]["label"], runs["seed-0"]["seed"]) == ("x", 0)
     assert not runs["bare"]["curves"] and runs["going"]["curves"]
+    assert "by its run.json alone" in runs["bare"]["problems"][0]
     assert not runs["good"]["problems"]
     assert "torn" in ks.write_report(tmp_path, format="markdown")
+
+
+def test_without_a_record_the_place_says_which_run_it_is(sweep, tmp_path):
+    run = sweep / "baseline/lr-0.02"
+    for seed in (0, 1):
+        copy_run(run / f"seed-{seed}", tmp_path / f"arm/lr-0.02/seed-{seed}")
+    (tmp_path / "arm/lr-0.02/seed-1/run.json").unlink()
+    data = data_of(ks.write_report(tmp_path, tmp_path / "page.html"))
+    good, bare = data["runs"]
+    assert [bare[x] for x in ("label", "rate", "seed")] == ["arm", 2e-2, 1]
+    assert bare["ending"] == "unknown" and good["ending"] == "converged"
+    assert "no run.json" in bare["problems"][0] and not good["problems"]
+    # It counts nowhere, and takes its row's place beside the paper from none.
+    (row,) = data["stability"]["rows"]
+    assert [cell["n"] for cell in row["cells"]] == [1] and row["paper"]
+
+
+def test_curves_that_were_cut_off_are_told(sweep, tmp_path):
+    run = copy_run(sweep / "baseline/lr-0.02/seed-0", tmp_path / "a")
+    lines = (run / "health.jsonl").read_text().splitlines(True)
+    steps = [i for i, line in enumerate(lines) if '"step", "step"' in line]
+    assert len(steps) == 60
+    (run / "health.jsonl").write_text("".join(lines[: steps[28]]))
+    data = data_of(ks.write_report(tmp_path, tmp_path / "page.html"))
+    (problem,) = data["runs"][0]["problems"]
+    assert "28 steps alone, of 60" in problem
+    assert "28 steps alone" in ks.write_report(tmp_path, format="markdown")
+
+
+def test_what_is_named_after_the_endings_is_what_they_are(sweep, tmp_path):
+    """The page and the README define them, by the limits of the code."""
+    data = data_of(ks.write_report(sweep, tmp_path / "page.html"))
+    assert set(data["meanings"]) == set(report.STATES)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    for ending in data["endings"]:
+        assert f"| {ending} | {data['meanings'][ending]} |" in readme
+    limits = ks.Thresholds()
+    for ending, text in {
+        "diverged": f"more than {limits.rise} nats above its least",
+        "degraded": f"more than {limits.gap} nats",
+        "collapsed": f"entropy is below {detectors.SINGLE_KEY}",
+    }.items():
+        assert text in data["meanings"][ending]
+    for part in (limits.window, limits.tail):
+        assert f"last {part:.0%} of".replace("%", " %") in (
+            data["meanings"]["diverged"]
+        )
+    spike = detectors.Spike("loss", *detectors.SERIES["loss"])
+    for text in (
+        f"After step {spike.warmup},",
+        f"over 6 sigma and {spike.large} nats",
+        f"the last {spike.window.maxlen} usual ones",
+        f"6 sigma and {spike.floor} nats",
+    ):
+        assert text in data["meanings"]["spiked"]
+
+
+def test_perplexities_are_not_to_be_compared(sweep, tmp_path):
+    data = data_of(ks.write_report(sweep, tmp_path / "page.html"))
+    notes = " ".join(data["stability"]["notes"])
+    assert "Perplexities of the runs and of the paper cannot be" in notes
+
+
+def test_titles_tell_directories_of_one_name_apart(sweep, tmp_path):
+    run = sweep / "baseline/lr-0.002/seed-0"
+    paths = [tmp_path / f"{x}/runs" for x in "pq"]
+    for seed, path in enumerate(paths):
+        copy_run(run, path, seed=seed)
+    data = data_of(ks.write_report(paths, tmp_path / "page.html"))
+    assert data["title"] == f"Stability report: {paths[0]}, {paths[1]}"
+    data = data_of(ks.write_report(paths[0], tmp_path / "page.html"))
+    assert data["title"] == "Stability report: runs"
 
 
 WEIRD = (
@@ -228,7 +304,8 @@ def test_no_value_in_a_record_stops_the_report(sweep, tmp_path):
                 lines = [*health[:9], json.dumps(line), *health[9:12]]
                 (folder / "health.jsonl").write_text("\n".join(lines) + "\n")
     assert count > 100
-    page = ks.write_report(tmp_path, tmp_path / "page.html")
+    with pytest.warns(UserWarning, match="no stability table"):
+        page = ks.write_report(tmp_path, tmp_path / "page.html")
     assert len(data_of(page)["runs"]) == count
     assert ks.write_report(tmp_path, format="markdown").count("run-") >= count
 
@@ -236,7 +313,9 @@ def test_no_value_in_a_record_stops_the_report(sweep, tmp_path):
 def test_two_runs_of_one_name_are_shown_without_a_table(sweep, tmp_path):
     for name in "ab":
         copy_run(sweep / "baseline/lr-0.002/seed-0", tmp_path / name)
-    data = data_of(ks.write_report(tmp_path, tmp_path / "page.html"))
+    page = tmp_path / "page.html"
+    with pytest.warns(UserWarning, match="no stability table: Two runs of"):
+        data = data_of(ks.write_report(tmp_path, page))
     assert [run["ending"] for run in data["runs"]] == ["converged"] * 2
     assert not data["stability"]["rows"]
     assert any("Two runs of" in note for note in data["stability"]["notes"])
@@ -308,6 +387,15 @@ def test_the_recipe_writes_what_it_says(sweep, tmp_path, capsys):
     assert "0.008" in line
     with pytest.raises(SystemExit, match="report: .* does not exist"):
         recipe.main([str(tmp_path / "none")])
+    with pytest.raises(SystemExit, match="2"):
+        recipe.main([str(sweep), "--format", "markdown", "--png", "x"])
+    assert "leave --format markdown out" in capsys.readouterr().err
+    for name in "ab":
+        copy_run(sweep / "baseline/lr-0.002/seed-0", tmp_path / f"two/{name}")
+    recipe.main([str(tmp_path / "two"), "--file", str(page)])
+    problem, written = capsys.readouterr().out.splitlines()
+    assert problem.startswith("report: There is no stability table: Two runs")
+    assert written == str(page)
 
 
 def test_scripts_are_those_that_the_policy_names():

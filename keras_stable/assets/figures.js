@@ -40,15 +40,23 @@ const panelTitle = (panel, text) => ({text, x: panel.x[0], y: panel.y[1],
   xref: "paper", yref: "paper", xanchor: "left", yanchor: "bottom",
   showarrow: false, font: {...FONT, size: 13}});
 
-// On a logarithmic axis: decades alone, if there are some.
+// On a logarithmic axis: decades alone, if there are some. On less than one,
+// ticks as of a linear axis, which Plotly finds itself.
 function logTicks(values) {
   const positive = values.filter((v) => v > 0);
   const decades = Math.log10(Math.max(...positive) / Math.min(...positive));
   return {type: "log", tickformat: "~g",
-    dtick: decades > 6 ? 2 : decades > 1.5 ? 1 : "D2"};
+    dtick: decades > 6 ? 2 : decades > 1.5 ? 1 : decades > 0.7 ? "D2"
+      : undefined};
 }
 
-const lost = (run) => !["converged", "spiked", "degraded"].includes(run.ending);
+// A run without an ending is neither.
+const lost = (run) => DATA.endings.includes(run.ending) &&
+  !["converged", "spiked", "degraded"].includes(run.ending);
+
+// A degraded run is not lost, and not stable either.
+const markOf = (run) => lost(run) ? "cross" :
+  run.ending === "degraded" ? "hollow" : "filled";
 
 // min(loss, l_0), as in the LR sensitivity; l_0 for a loss that is none.
 function height(run) {
@@ -117,8 +125,8 @@ function ratesFigure(runs, state) {
       legendgroup: label, hoverinfo: "skip",
       marker: {size: 0.1, color: colour},
       line: {color: colour, width: 2, dash: variantDash(label)}});
-    for (const gone of [false, true]) {
-      const points = mine.filter((run) => lost(run) === gone);
+    for (const mark of ["filled", "hollow", "cross"]) {
+      const points = mine.filter((run) => markOf(run) === mark);
       if (!points.length) continue;
       // Beside each other, not upon.
       const aside = apart ? 1 : 1.025 ** (i - (labels.length - 1) / 2);
@@ -126,12 +134,16 @@ function ratesFigure(runs, state) {
         y: points.map(height), type: "scatter", mode: "markers",
         legendgroup: label, showlegend: false, name: plain(label),
         customdata: points.map((r) => r.id),
-        text: points.map((r) => `<b>${plain(nameOf(r))}</b><br>${r.ending}, ` +
-          `loss ${show(r.loss)}, l<sub>0</sub> ${show(r.initial)}`),
+        text: points.map((r) => `<b>${plain(nameOf(r, 40))}</b><br>` +
+          `${r.ending}, loss ${show(r.loss)}, l<sub>0</sub> ` +
+          show(r.initial)),
         hovertemplate: "%{text}<extra></extra>",
-        marker: {color: colour, size: gone ? 9 : 7, opacity: 0.85,
-          symbol: gone ? "x-thin" : variantSymbol(label),
-          line: {width: gone ? 2 : 0.5, color: gone ? colour : "#fff"}}});
+        marker: {color: mark === "hollow" ? "#fff" : colour,
+          size: mark === "filled" ? 7 : 9,
+          opacity: mark === "hollow" ? 1 : 0.85,
+          symbol: mark === "cross" ? "x-thin" : variantSymbol(label),
+          line: {width: {filled: 0.5, hollow: 1.5, cross: 2}[mark],
+            color: mark === "filled" ? "#fff" : colour}}});
     }
   });
   return {traces, layout};
@@ -179,8 +191,8 @@ function curvesFigure(runs, state) {
       legendgroup: key, showlegend: false, customdata: [run.id], opacity: here ? 1 : drawn.length > 30 ? 0.6 : 0.85,
       line: {color: colour, width: here ? 2.6 : 1.2, simplify: true,
         dash: state.colour === "variant" ? variantDash(run.label) : "solid"},
-      hovertemplate: `<b>${plain(nameOf(run))}</b><br>${run.ending}, step ` +
-        "%{x}: %{y:.4~g}<extra></extra>"});
+      hovertemplate: `<b>${plain(nameOf(run, 40))}</b><br>${run.ending}, ` +
+        "step %{x}: %{y:.4~g}<extra></extra>"});
     seen.add(key);
     for (const v of y) {
       if (!Number.isFinite(v)) continue;
@@ -205,8 +217,8 @@ function curvesFigure(runs, state) {
       marks.push({...axes, x: steps.map(([step]) => step),
         y: steps.map(([step]) => at(step)), type: "scatter", mode: "markers",
         legendgroup: key, showlegend: false, customdata: steps.map(() => run.id),
-        text: steps.map(([step, text]) => `<b>${plain(nameOf(run))}</b><br>` +
-          `step ${step}: ${plain(text)}`),
+        text: steps.map(([step, text]) =>
+          `<b>${plain(nameOf(run, 40))}</b><br>step ${step}: ${plain(text)}`),
         hovertemplate: "%{text}<extra></extra>",
         marker: {color: symbol === "square" ? colour : "#fff", size: 8, symbol,
           line: {color: colour, width: 1.5}}});

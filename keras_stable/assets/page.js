@@ -178,7 +178,7 @@ function table(columns, rows, {row = () => ({}), head = null} = {}) {
 }
 
 function stabilityTable() {
-  const {rows, rates, notes} = DATA.stability;
+  const {rows, rates, notes, missing} = DATA.stability;
   const bounded = (e) => e && known(e.low) && known(e.high);
   const spread = (e) => !e ? "–" : show(e.mean) + (bounded(e) ?
     ` ± ${show((e.high - e.low) / 2, 2)}` : "");
@@ -212,7 +212,8 @@ function stabilityTable() {
       "of the best loss"),
     ...(anyPaper ? [number("paper: perplexity",
       (row) => row.paper ? show(row.paper.perplexity) : "–",
-      "830M parameters, learning rate 3e-4")] : []),
+      "830M parameters, learning rate 3e-4; of other tokens: not to be " +
+      "compared with ours")] : []),
   ];
   const spans = [["", 1], ["stable seeds at learning rate", rates.length],
     ["boundary", anyPaper ? 3 : 2], ["loss", anyPaper ? 5 : 4]];
@@ -220,7 +221,7 @@ function stabilityTable() {
     ([text, n], i) => make("th", {colspan: n, scope: "colgroup",
       class: i > 1 ? "text group" : "text"}, text)))];
   put("stability-table", rows.length ? table(columns, rows, {head})
-    : "No run has ended yet.");
+    : missing ? "" : "No run has ended yet.");
   put("stability-notes", ...notes.map((note) => make("p", {}, note)));
 }
 
@@ -234,7 +235,7 @@ const RUN_COLUMNS = [
   {key: "perplexity", name: "perplexity"},
   {key: "initial", name: "l₀", title: "training loss of the first step"},
   {key: "max_logit", name: "max logit", title: "largest attention logit"},
-  {key: "entropy", name: "min entropy",
+  {key: "min_entropy", name: "min entropy",
     title: "least normalised entropy of a head in the last table"},
   {key: "growth", name: "growth", title: "largest output norm of QKV, Proj, " +
     "FC1 or FC2 in the last table, in those of the same seed at a tenth of " +
@@ -348,7 +349,7 @@ function oneRun() {
   const others = run.growths.first && "Other" in run.growths.first.kinds &&
     Object.keys(run.growths.first.kinds).length > 1;
   put("run-controls",
-    choice("run", RUNS.map((r) => [r.id, `${short(nameOf(r), 60)} (${
+    choice("run", RUNS.map((r) => [r.id, `${nameOf(r, 60)} (${
       r.ending})`]), run.id, (id) => choose(Number(id))),
     choice("growth against", references, state.reference, (value) => {
       state.reference = value;
@@ -364,11 +365,11 @@ function oneRun() {
     ["validation loss", show(run.loss)], ["perplexity", show(run.perplexity)],
     ["l₀", show(run.initial)], ["unigram entropy", show(run.unigram)],
     ["steps", `${whole(run.steps_done)} of ${whole(run.steps)}`],
-    ["max logit", show(run.max_logit)], ["min entropy", show(run.entropy)],
+    ["max logit", show(run.max_logit)], ["min entropy", show(run.min_entropy)],
     ["growth", known(run.growth) ? `${show(run.growth, 3)} times` : "–"],
     ["events", whole(run.events_total)], ["parameters", whole(run.parameters)],
     ["started", run.started.slice(0, 16).replace("T", " ")]];
-  put("run-facts", make("p", {}, make("strong", {}, short(nameOf(run), 90)),
+  put("run-facts", make("p", {}, make("strong", {}, nameOf(run)),
     " ", pill(run.ending), make("br"), make("code", {}, run.path)),
   make("div", {class: "facts"}, ...facts.map(([name, value]) =>
     make("div", {}, make("span", {}, name), make("span", {}, value || "–")))),
@@ -432,6 +433,8 @@ function begin() {
   put("limits", ...DATA.limits.map((text) => make("p", {}, text)));
   put("endings", ...DATA.present.map((ending) => make("li", {}, pill(ending,
     `${RUNS.filter((run) => run.ending === ending).length} ${ending}`))));
+  put("endings-meanings", ...Object.entries(DATA.meanings).flatMap(
+    ([ending, text]) => [make("dt", {}, pill(ending)), make("dd", {}, text)]));
   const again = (key, id) => (value) => {
     state[key] = value;
     renew(id);

@@ -14,7 +14,7 @@ const SYMBOLS = ["circle", "square", "diamond", "triangle-up",
 const ENDING_COLOURS = {converged: "#0a6640", spiked: "#7a5b00",
   degraded: "#9a4200", collapsed: "#7d2e4e", diverged: "#a61b29",
   nonfinite: "#6f1d86", failed: "#444b54", unreadable: "#444b54",
-  unfinished: "#0b5cad"};
+  unknown: "#444b54", unfinished: "#0b5cad"};
 const VIRIDIS = ["#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187",
   "#4ac16d", "#a0da39"];
 // White is no change; blue and orange are told apart by all.
@@ -84,7 +84,9 @@ function layerName(name, most) {
   return text.length > most ? "…" + text.slice(1 - most) : text;
 }
 
-const nameOf = (run) => `${run.label}, ${showRate(run.rate)}` +
+// Of a long name the label is cut, not what tells its runs apart.
+const nameOf = (run, most = Infinity) =>
+  `${short(run.label, most)}, ${showRate(run.rate)}` +
   (known(run.seed) ? `, seed ${run.seed}` : "");
 
 // Elements are made of texts, never of HTML.
