@@ -80,7 +80,7 @@ class Outcome:
     steps: int = 0
     steps_done: int = 0
     tokens_per_step: int = 0
-    batch_losses: tuple[float, ...] = ()
+    batch_losses: tuple[float, ...] = dataclasses.field(default=(), repr=False)
     max_logit: float = math.nan
     entropy: float = math.nan
     collapsed: float = math.nan

@@ -23,7 +23,11 @@ def standing(outcomes):
         mean over seeds; NaN if there is none.
     """
     interval, best = stability_interval(outcomes), best_rate(outcomes)
-    losses = [o.loss for o in outcomes if o.learning_rate == best]
+    losses = [
+        o.loss
+        for o in outcomes
+        if o.learning_rate == best and o.ending != "failed"
+    ]
     return {
         "interval": interval,
         "failed": len(interval.failed),

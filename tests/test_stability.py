@@ -185,3 +185,11 @@ def test_the_papers_tables():
         "qkv_norm": 10.85,
         "qk_norm_cap": 11.00,
     }
+
+
+def test_a_failed_seed_leaves_the_table_its_best_loss():
+    found = [outcome(1e-3, loss=2.5), outcome(1e-2, loss=2.0)]
+    found.append(outcome(1e-2, "failed", seed=1))
+    row = ks.standings.standing(found)
+    assert (row["best_rate"], row["best_loss"], row["failed"]) == (1e-2, 2.0, 1)
+    assert "batch_losses" not in repr(found[0])
