@@ -1,7 +1,6 @@
 """The stability table: variants by learning rates, beside the paper's."""
 
 import math
-import statistics
 
 from keras_stable.published import PUBLISHED
 from keras_stable.stability import best_rate
@@ -23,17 +22,13 @@ def standing(outcomes):
         mean over seeds; NaN if there is none.
     """
     interval, best = stability_interval(outcomes), best_rate(outcomes)
-    losses = [
-        o.loss
-        for o in outcomes
-        if o.learning_rate == best and o.ending != "failed"
-    ]
+    loss = math.nan if best is None else final_loss(outcomes, best)[0].mean
     return {
         "interval": interval,
         "failed": len(interval.failed),
         "sensitivity": lr_sensitivity(outcomes),
         "best_rate": best,
-        "best_loss": statistics.fmean(losses) if losses else math.nan,
+        "best_loss": loss,
     }
 
 
