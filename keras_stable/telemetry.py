@@ -314,6 +314,10 @@ def region(owner, function, key, training):
             return backend.region(owner, function, key, training)(*args)
         found = outer.regions.setdefault((owner.path, key), [])
         inner, record = escaping(function, found)
+        if not found:
+            # On torch no step runs without programs: it would set the peak of
+            # memory, and differ in its last bits from one that is unwatched.
+            backend.rehearse(inner, *args)
         measured = inner
         if found:
             # What is measured, by names within the owner: not known before

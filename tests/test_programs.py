@@ -104,8 +104,7 @@ def test_documents_and_remat(kwargs, count, monkeypatch):
 def test_what_is_measured_leaves_a_program(name, remat, monkeypatch):
     how = {"variant": name, "watched": True, "remat": remat}
     weights, tables = train(**how)
-    # Run once as it is, to learn what is measured; then as one program, or
-    # one for each half.
+    # One program, or one for each half, from the first step on.
     assert len(programs._programs) == (2 if remat == "mlp" else 1)
     expected = eagerly(monkeypatch, **how)
     same(weights, expected[0])
@@ -119,8 +118,12 @@ def kept(full, variant, monkeypatch):
 
     Args:
         full: what `Watch.full` is; None: nothing is measured.
+
+    Returns:
+        The bytes that its program keeps, the number of operations of its
+        gradient, and the bytes that each of two steps kept.
     """
-    sizes = []
+    sizes, steps = [], []
 
     def forward(graph, inputs):
         *_, output = graph.graph.nodes
@@ -131,6 +134,12 @@ def kept(full, variant, monkeypatch):
     def backward(graph, inputs):
         sizes.append(len(graph.graph.nodes))
         return graph
+
+    def pack(x):
+        # With the memory, so that no other has its place.
+        storage = x.untyped_storage()
+        steps[-1][storage.data_ptr()] = storage
+        return x
 
     compiler = common.aot_autograd(
         fw_compiler=make_boxed_compiler(forward),
@@ -154,21 +163,26 @@ def kept(full, variant, monkeypatch):
         patch.setattr(programs, "_measured_last", compiled)
         if full is not None:
             stack.enter_context(ks.watch(lm)).full = full
-        # The first step of a watch finds out what is measured.
         for _ in range(2):
-            lm.train_on_batch(x, x["token_ids"])
-    return sizes
+            steps.append({})
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                lm.train_on_batch(x, x["token_ids"])
+    return *sizes, [sum(y.nbytes() for y in step.values()) for step in steps]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own.
 @pytest.mark.parametrize("variant", ["baseline", "qk_norm_cap"])
 def test_what_is_measured_lets_no_activation_be_kept(variant, monkeypatch):
-    size, operations = kept(None, variant, monkeypatch)
+    size, operations, plain = kept(None, variant, monkeypatch)
+    activation = 8 * 256 * 128 * 2
     for full in (False, True):
-        measured, after = kept(full, variant, monkeypatch)
+        measured, after, steps = kept(full, variant, monkeypatch)
         # Rows of statistics, or some tokens, but no activation (8, 256, 128).
-        assert measured - size < 8 * 256 * 128 * 2
+        assert measured - size < activation
         assert after == operations
+        # Not in the first step either, which decides the peak of a run.
+        for step, bytes_of_plain in zip(steps, plain, strict=True):
+            assert step - bytes_of_plain < activation
 
 
 def test_what_is_written_in_place_keeps_its_order():

@@ -55,6 +55,7 @@ FUNCTIONS = [
     "reachable",
     "reduce_rows",
     "region",
+    "rehearse",
     "replace_batches",
     "replicas",
     "scan",

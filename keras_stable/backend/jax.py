@@ -38,6 +38,7 @@ from keras_stable.backend.whole_steps import fuses_adamw as fuses_adamw
 from keras_stable.backend.whole_steps import put_back as put_back
 from keras_stable.backend.whole_steps import queueing as queueing
 from keras_stable.backend.whole_steps import region as region
+from keras_stable.backend.whole_steps import rehearse as rehearse
 from keras_stable.backend.whole_steps import send_logs as send_logs
 from keras_stable.backend.whole_steps import to_device as to_device
 from keras_stable.backend.whole_steps import update_adamw as update_adamw

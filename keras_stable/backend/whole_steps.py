@@ -24,6 +24,10 @@ def region(owner, function, key, training):
     return function
 
 
+def rehearse(function, *args):
+    """Nothing to run: there are no programs within a step."""
+
+
 def fuses_adamw(variables):
     """Whether `update_adamw` is there and faster for these variables."""
     # The compiler of the step fuses Keras's own.
