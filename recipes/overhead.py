@@ -236,25 +236,31 @@ def main(arguments=None):
                 for name in group
             }
         modes |= {name: future.result() for name, future in found.items()}
-    compare(modes, together)
+        compare(modes, together)
+        result = {
+            "schema": 1,
+            "config": vars(args),
+            "parameters": lm.count_params(),
+            **ks.environment(),
+            "modes": modes,
+        }
+        # A mode takes minutes: those that are known outlive an interruption.
+        save(result, args.out)
     for name, found in modes.items():
         print(
             f"{name:12} {found['milliseconds']:9.3f} ms a step, "
             f"{found['overhead']:+.2%}, peak {found['peak_bytes']}",
             flush=True,
         )
-    result = {
-        "schema": 1,
-        "config": vars(args),
-        "parameters": lm.count_params(),
-        **ks.environment(),
-        "modes": modes,
-    }
     if args.compare:
         result["differences"] = differences(ks, keras, np, args)
         print(result["differences"])
-    if args.out:
-        with open(args.out, "w") as file:
+        save(result, args.out)
+
+
+def save(result, path):
+    if path:
+        with open(path, "w") as file:
             json.dump(result, file, indent=1)
             file.write("\n")
 
