@@ -1,5 +1,6 @@
-"""How often the full table may be measured, by what it is found to cost."""
+"""What the monitor may cost: full tables, and the garbage collector."""
 
+import gc
 import math
 import statistics
 import time
@@ -10,6 +11,7 @@ from keras_stable.backend import saving
 # dispatch runs ahead of the device by one, and copies lag by one.
 BLOCK, SKIP = 5, 2
 ROUNDS = 4
+SETTLED = 2 * BLOCK * (1 + ROUNDS)
 # Detectors over layers want a sample every few hundred steps; more than one
 # in ten steps tells little more.
 LEAST, MOST = 10, 500
@@ -29,6 +31,9 @@ class Budget:
     steps, in which both programs are compiled. What a light step costs more
     than a plain one is not in it: `recipes/overhead.py` measures that.
 
+    After these steps it also takes what is there from Python's garbage
+    collector, until `close`: see `_spare`.
+
     Args:
         every: int, or `"auto"` for a choice.
         max_overhead: float, a share of the time of a step.
@@ -41,6 +46,7 @@ class Budget:
         self.report = None
         self._times = {True: [], False: []}
         self._host, self._steps, self._last = [], 0, None
+        self._spared = None  # Whether something is; None: not asked yet.
 
     @property
     def settled(self):
@@ -65,6 +71,8 @@ class Budget:
         now, before = time.perf_counter(), self._last
         self._last = now
         step, self._steps = self._steps, self._steps + 1
+        if step >= SETTLED and self._spared is None:
+            self._spared = self._spare()
         if self.settled or before is None:
             return None
         # The time since the last tick is that of step - 1.
@@ -72,9 +80,28 @@ class Budget:
         if place >= 2 * BLOCK and place % BLOCK >= SKIP:
             self._times[(place // BLOCK) % 2 == 1].append(now - before)
             self._host.append(host)
-        if step < 2 * BLOCK * (1 + ROUNDS):
+        if step < SETTLED:
             return None
         return self._settle()
+
+    def _spare(self):
+        """Lets the collector pass over what lives as long as training.
+
+        It visits all objects from time to time, a million of them where torch
+        and a compiler are imported, and the device has nothing to do for half
+        a second. The samples of every step make that happen once in 200 steps.
+        """
+        if not gc.isenabled() or gc.get_freeze_count():
+            return False  # The user has seen to it.
+        gc.collect()  # What is frozen is not freed, such as an old model.
+        gc.freeze()
+        return True
+
+    def close(self):
+        """Gives the collector back what was taken from it."""
+        if self._spared:
+            gc.unfreeze()
+        self._spared = None
 
     def state(self):
         """What was measured, None if nothing was yet."""

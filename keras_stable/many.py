@@ -165,6 +165,9 @@ class _Share:
         told, self._told = self._told, self.report is not None
         return None if told else self.report
 
+    def close(self):
+        """Nothing: that of all is closed after the last of them."""
+
     def state(self):
         return self._budget.state()
 
@@ -200,6 +203,7 @@ class _Group:
     def train(self):
         with contextlib.ExitStack() as undo:
             undo.callback(self._release)
+            undo.callback(self._budget.close)
             self._install(undo)
             self._feed = undo.enter_context(
                 concurrent.futures.ThreadPoolExecutor(1)

@@ -335,8 +335,7 @@ class StabilityMonitor(keras.callbacks.Callback):
             # another monitor saved it. This one does not: the last is better.
             saved = Event(step, step, "verdict", "loss", math.nan, "as saved")
             fatal = [e for e in self.events if e.detector in FATAL] or [saved]
-            event = next(e for e in fatal if e.step == fatal[-1].step)
-            self._lost = event
+            self._lost = next(e for e in fatal if e.step == fatal[-1].step)
             if self._rescuer is None:
                 self._halt()
 
@@ -397,4 +396,5 @@ class StabilityMonitor(keras.callbacks.Callback):
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+        self._budget.close()
         self._chronicle.close()

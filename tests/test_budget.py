@@ -1,5 +1,6 @@
 """The interval of full tables, on a clock that is not the machine's."""
 
+import gc
 import math
 
 import pytest
@@ -96,3 +97,51 @@ def test_no_telemetry_has_no_report(monkeypatch):
         assert budget.tick(0.0) is None
         clock.now += 1.0
     assert budget.report is None
+
+
+@pytest.fixture
+def collector():
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+    gc.enable()
+
+
+def full_collection():
+    """Objects that a full collection looks at."""
+    return len(gc.get_objects())
+
+
+def test_what_is_there_is_not_collected_until_the_end(collector, monkeypatch):
+    clock, budget = Clock(monkeypatch), Budget(20, 0.02)
+    run(budget, clock, MEASURED)
+    before = full_collection()
+    assert gc.get_freeze_count() == 0
+    run(budget, clock, 1)
+    frozen = gc.get_freeze_count()
+    assert frozen > 0.9 * before
+    assert full_collection() < 0.1 * before
+    run(budget, clock, 100)
+    # Less is left of it, if anything: nothing is frozen anew.
+    assert gc.get_freeze_count() <= frozen
+    budget.close()
+    assert gc.get_freeze_count() == 0
+    # In the next `fit` what is there then, from its first step on.
+    run(budget, clock, 1)
+    assert gc.get_freeze_count() > 0.9 * before
+    budget.close()
+    budget.close()
+    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("other", [gc.freeze, gc.disable])
+def test_a_collector_that_others_see_to_is_left_alone(
+    other, collector, monkeypatch
+):
+    clock, budget = Clock(monkeypatch), Budget(20, 0.02)
+    other()
+    frozen = gc.get_freeze_count()
+    run(budget, clock, MEASURED + 10)
+    assert abs(gc.get_freeze_count() - frozen) <= 0.01 * frozen
+    budget.close()
+    assert abs(gc.get_freeze_count() - frozen) <= 0.01 * frozen
