@@ -244,7 +244,9 @@ class StableCausalLM(Presets, keras_hub.models.CausalLM):
             if telemetry.recorder() is not None:
                 # Of the logits, those of some tokens are measured.
                 last = max(SEEN // (y_pred.shape[0] or SEEN), 1)
-                embedding(ops.stop_gradient(y_pred[:, -last:]), reverse=True)
+                seen = ops.stop_gradient(y_pred[:, -last:])
+                with backend.without_gradient():
+                    embedding(seen, reverse=True)
             loss, penalty, accuracy = losses.next_token_loss(
                 y_pred,
                 embedding.head_kernel(),

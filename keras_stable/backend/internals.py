@@ -69,6 +69,7 @@ FUNCTIONS = [
     "undistribute",
     "update_adamw",
     "with_gradient",
+    "without_gradient",
     "without_weights",
 ]
 

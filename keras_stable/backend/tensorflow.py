@@ -47,6 +47,9 @@ from keras_stable.backend.whole_steps import rehearse as rehearse
 from keras_stable.backend.whole_steps import send_logs as send_logs
 from keras_stable.backend.whole_steps import to_device as to_device
 from keras_stable.backend.whole_steps import update_adamw as update_adamw
+from keras_stable.backend.whole_steps import (
+    without_gradient as without_gradient,
+)
 
 __all__ = FUNCTIONS
 

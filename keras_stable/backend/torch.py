@@ -40,6 +40,9 @@ from keras_stable.backend.torch_programs import fused as fused
 from keras_stable.backend.torch_programs import queueing as queueing
 from keras_stable.backend.torch_programs import region as region
 from keras_stable.backend.torch_programs import rehearse as rehearse
+from keras_stable.backend.torch_programs import (
+    without_gradient as without_gradient,
+)
 from keras_stable.backend.torch_transfers import finish_copies as finish_copies
 from keras_stable.backend.torch_transfers import finish_read as finish_read
 from keras_stable.backend.torch_transfers import (

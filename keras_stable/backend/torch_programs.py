@@ -167,13 +167,18 @@ def fused(function):
     return call
 
 
+def without_gradient():
+    """A context in which nothing is kept for a gradient."""
+    return torch.no_grad()
+
+
 def rehearse(function, *args):
     """Runs a pure function once before it counts, for what it records.
 
     Before a program of it is known, that is. With a gradient, all that its
     operations look at would be kept: a third more than by its program.
     """
-    with torch.no_grad():
+    with without_gradient():
         function(*args)
 
 

@@ -28,6 +28,11 @@ def rehearse(function, *args):
     """Nothing to run: there are no programs within a step."""
 
 
+def without_gradient():
+    """A context that changes nothing: what is not used is not computed."""
+    return contextlib.nullcontext()
+
+
 def fuses_adamw(variables):
     """Whether `update_adamw` is there and faster for these variables."""
     # The compiler of the step fuses Keras's own.
