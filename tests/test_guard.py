@@ -483,6 +483,32 @@ def test_frozen_weights_are_not_copied():
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the others compile the step")
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own.
+@pytest.mark.parametrize(
+    "name", ["adamw", "remat", "sigma_reparam", "normalized", "eager"]
+)
+def test_as_on_a_gpu(name, monkeypatch):
+    """Blocks are compiled, and decisions are not waited for."""
+    import torch
+
+    from keras_stable.backend import torch_guard
+    from keras_stable.backend import torch_programs
+
+    original = torch_programs._measured_last
+
+    def compiled(program):
+        program = original(program)
+        return torch.compile(program, dynamic=False, backend="aot_eager")
+
+    monkeypatch.setattr(torch_programs, "_programs", {})
+    monkeypatch.setattr(torch_programs, "_measured_last", compiled)
+    monkeypatch.setattr(torch_guard, "waits", lambda left_out: False)
+    test_a_run_with_bad_batches_is_the_run_without(MODELS[name])
+    test_every_step_left_out_leaves_all_as_it_was(MODELS[name])
+    test_what_keeps_to_the_limits_is_bit_equal_to_no_guard(MODELS[name])
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the others compile the step")
 @pytest.mark.parametrize("name", ["adamw", "independent", "sigma_reparam"])
 def test_a_device_that_is_not_waited_for(name, monkeypatch):
     from keras_stable.backend import torch_guard

@@ -22,15 +22,36 @@ def guarded(model, train_step, guard):
         # Those of metrics may be made in the first step.
         variables = [*moving, *model.metrics_variables]
         guard.begin(guard.store["numbers"], _copies(variables))
-        random = torch.get_rng_state()
+        random = _random_states()
         logs = train_step(data)
         left_out = guard.end()
-        if left_out is not None and waits(left_out) and left_out:
-            # Keras's dropout without a seed draws from torch's own numbers.
-            torch.set_rng_state(random)
+        # Keras's dropout without a seed draws from torch's own numbers. The
+        # host counts them, for a GPU too, and must know then whether to go
+        # back: such models wait for the decision in every step.
+        if left_out is not None and _drawn(random) and left_out:
+            _draw_again(random)
         return logs
 
     return step
+
+
+def _random_states():
+    """Those of torch's own generators, by the functions that set them."""
+    states = {torch.set_rng_state: torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states[torch.cuda.set_rng_state] = torch.cuda.get_rng_state()
+    return states
+
+
+def _drawn(before):
+    """Whether numbers were drawn since."""
+    now = _random_states()
+    return any(not torch.equal(now[k], state) for k, state in before.items())
+
+
+def _draw_again(before):
+    for put, state in before.items():
+        put(state)
 
 
 def _groups(items, value):
