@@ -30,9 +30,9 @@ class Guard:
     On torch with a GPU, nothing waits for the decision with our `AdamW` as
     long as it updates in one pass: float32 weights, without `amsgrad`,
     `clipnorm`, `clipvalue`, `use_ema` and gradient accumulation, and without
-    constraints of weights. Otherwise each step waits for the device once.
-    There, `Dropout` without a seed draws from torch's own random numbers,
-    which go on in a step that is left out.
+    constraints of weights; and without layers that draw from torch's own
+    random numbers, as `Dropout` does if it has no seed: those of a step that
+    is left out are drawn again. Otherwise each step waits for the device once.
 
     Args:
         loss: float, the largest loss that counts. Defaults to infinity, no
