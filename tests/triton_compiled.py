@@ -1,5 +1,10 @@
 """The kernels of GPUs, compiled for a Hopper: run by `test_triton.py`."""
 
+import collections
+import re
+import subprocess
+from pathlib import Path
+
 import pytest
 import triton
 from triton.backends.compiler import GPUTarget
@@ -8,6 +13,8 @@ from keras_stable.backend import torch_attention
 from keras_stable.backend import triton_gradients
 from keras_stable.backend import triton_kernels
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 HOPPER = GPUTarget("cuda", 90, 32)
 KERNELS = {
     "forward": triton_kernels.forward_kernel,
@@ -73,3 +80,40 @@ def test_all_features_compile(name, clip):
     blocks = torch_attention.BLOCKS[name][64]
     absent = () if clip else ("gamma", "width")
     compiled(name, 64, blocks, "bf16", G=2, absent=absent)
+
+
+def inner_loop(program, file):
+    """Counts of machine instructions in the loop over unmasked blocks."""
+    file.write_bytes(program.asm["cubin"])
+    command = [TOOLS / "nvdisasm", "-c", file]
+    text = subprocess.check_output(command, text=True)
+    found, labels, loops = [], {}, []
+    for line in text.splitlines():
+        if label := re.match(r"\.(L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        # After the address, perhaps a condition: the name and its modifiers.
+        elif part := re.match(r"\s*/\*\w{4,}\*/\s+(?:@\S+ +)?(\w+)", line):
+            found.append(part[1])
+            to = re.search(r"BRA .*`\(\.(L_x_\d+)\)", line)
+            if to and to[1] in labels:
+                loops.append(found[labels[to[1]] :])
+    # Those over masked blocks compare positions too.
+    return collections.Counter(min((x for x in loops if "HGMMA" in x), key=len))
+
+
+@pytest.mark.parametrize("cap", [True, False])
+def test_instructions_of_a_score_are_those_that_are_documented(cap, tmp_path):
+    absent = ["IDS", "window", "gamma", "width"] + ["rate"] * (not cap)
+    cells = ["50" if cap else "none"]
+    for name in KERNELS:
+        blocks = torch_attention.BLOCKS[name][64]
+        program = compiled(name, 64, blocks, "bf16", absent=absent)
+        counts = inner_loop(program, tmp_path / "cubin")
+        scores = blocks[0] * blocks[1] / (32 * blocks[2])  # Of a thread.
+        special = counts["MUFU"] / scores
+        # An exponential; with a cap another, and a reciprocal for four. What
+        # is more are those of rows.
+        assert 0 <= special - (2.25 if cap else 1) <= 0.2
+        cells.append(f"{counts.total() / scores:.1f}, {special:.2f}")
+    row = f"| {' | '.join(cells)} |"
+    assert row in (RECIPES / "README.md").read_text()
