@@ -66,7 +66,15 @@ def parse(arguments):
     add("--compare", type=int, default=100, help="steps of the small model")
     add("--backend", default=os.environ.get("KERAS_BACKEND", "jax"))
     add("--out", help="result file")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    names = args.modes.split(",")
+    known = [*MODES, *(name + AGAIN for name in MODES)]
+    if names[0] != "plain" or len({*names}) < len(names) or {*names} - {*known}:
+        parser.error(
+            "--modes has plain, beside which all are measured, and then "
+            f"others of {', '.join(known)}, each once, not {args.modes}"
+        )
+    return args
 
 
 def build(ks, keras, args, size, vocabulary, **sizes):

@@ -54,6 +54,16 @@ def test_shares_are_those_of_rounds():
     assert overhead.beyond(modes, "guard", "plain")[0] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize(
+    "modes", ["guard,plain", "guard", "plain,plain", "plain,gaurd", ""]
+)
+def test_modes_that_tell_nothing_are_refused(modes, capsys):
+    with pytest.raises(SystemExit):
+        overhead.parse(["--modes", modes])
+    assert "beside which all are measured" in capsys.readouterr().err
+    assert overhead.parse([]).modes.startswith("plain,")
+
+
 @pytest.mark.parametrize("shape, file", [("8 x 64", "_512"), ("8 x 256", "")])
 def test_costs_are_those_of_the_committed_runs(shape, file):
     path = RECIPES / "results" / f"overhead_cpu_rescue{file}.json"
