@@ -230,3 +230,40 @@ def test_what_is_said_of_runs_with_the_rule_at_work_is_in_the_file():
     assert f"at most {math.ceil(missed['caps'])} caps" in text
     assert f"{missed['behind']:.2f} behind at the end" in text
     assert missed["name"] == "cap-again/cap=5/lr-0.02/seed-3"
+
+
+def test_what_is_said_of_the_sweep_of_clips_is_in_its_file():
+    result = json.loads((RECIPES / "results/detection_clip.json").read_text())
+    text = " ".join((RECIPES / "README.md").read_text().split())
+    rows = result["new"]["rows"]
+    healthy, degraded, lost = (
+        [row for row in rows if row["label"] == label]
+        for label in ("converged", "degraded", "diverged")
+    )
+    ended = [row for row in lost if row["ended"]]
+    delays = [row["fired"]["ours: halt"] - row["onset"] for row in ended]
+    stopped = sorted(row["behind"] for row in degraded if row["ended"])
+    assert not any(row["ended"] for row in healthy)
+    found = (
+        f"it ended {len(ended)} of {len(lost)} lost ones, "
+        f"{np.median(delays):.0f} steps after the onset in the median, none of "
+        f"{len(healthy)} healthy ones, and {len(stopped)} of {len(degraded)} "
+        f"degraded ones, {stopped[0]:.2f} and {stopped[1]:.2f} behind."
+    )
+    assert found in text
+    assert {row["name"].split("/")[2] for row in lost if not row["ended"]} == {
+        "lr-0.02"
+    }
+    fired = {
+        rule: [
+            sum(row["fired"][rule] is not None for row in kind)
+            for kind in (lost, healthy)
+        ]
+        for rule in rows[0]["fired"]
+    }
+    # Of the tools; the largest logit is ours to compare with.
+    for rule in ("ours: halt", "largest logit over 1000"):
+        del fired[rule]
+    stops = fired.pop("OLMo-core 6 sigma (skips)")
+    assert f"stops {stops[0]} of the lost and {stops[1]} of the healthy" in text
+    assert set(map(tuple, fired.values())) == {(0, 0)}
