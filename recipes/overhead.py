@@ -25,7 +25,6 @@ import argparse
 import collections
 import concurrent.futures
 import contextlib
-import json
 import os
 import statistics
 import tempfile
@@ -253,7 +252,8 @@ def main(arguments=None):
             "modes": modes,
         }
         # A mode takes minutes: those that are known outlive an interruption.
-        save(result, args.out)
+        if args.out:
+            ks.records.write_json(args.out, result, indent=1)
     for name, found in modes.items():
         print(
             f"{name:12} {found['milliseconds']:9.3f} ms a step, "
@@ -263,14 +263,8 @@ def main(arguments=None):
     if args.compare:
         result["differences"] = differences(ks, keras, np, args)
         print(result["differences"])
-        save(result, args.out)
-
-
-def save(result, path):
-    if path:
-        with open(path, "w") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+        if args.out:
+            ks.records.write_json(args.out, result, indent=1)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import torch
 
 from keras_stable.backend import internals
+from keras_stable.backend import saving
 from keras_stable.backend.torch_transfers import finish_read
 from keras_stable.backend.torch_transfers import start_read
 
@@ -22,36 +23,17 @@ def guarded(model, train_step, guard):
         # Those of metrics may be made in the first step.
         variables = [*moving, *model.metrics_variables]
         guard.begin(guard.store["numbers"], _copies(variables))
-        random = _random_states()
+        seeds = saving.native_seeds()
         logs = train_step(data)
         left_out = guard.end()
         # Keras's dropout without a seed draws from torch's own numbers. The
         # host counts them, for a GPU too, and must know then whether to go
         # back: such models wait for the decision in every step.
-        if left_out is not None and _drawn(random) and left_out:
-            _draw_again(random)
+        if left_out is not None and saving.native_seeds() != seeds and left_out:
+            saving.set_native_seeds(seeds)
         return logs
 
     return step
-
-
-def _random_states():
-    """Those of torch's own generators, by the functions that set them."""
-    states = {torch.set_rng_state: torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states[torch.cuda.set_rng_state] = torch.cuda.get_rng_state()
-    return states
-
-
-def _drawn(before):
-    """Whether numbers were drawn since."""
-    now = _random_states()
-    return any(not torch.equal(now[k], state) for k, state in before.items())
-
-
-def _draw_again(before):
-    for put, state in before.items():
-        put(state)
 
 
 def _groups(items, value):
