@@ -3,19 +3,25 @@
     mkdir -p runs && tar -C runs -xf recipes/results/paper-lr.tar.xz
     python recipes/claims.py runs/paper-lr
 
-Prints the final validation loss of every run, beside the rates at which
-arXiv 2410.16682 has each method diverge; how much more the linear layers of
-some runs put out than those of others; and what is computed of both: the rank
-correlation with the paper's order, and the ratio of two edges. Judge by them.
+Prints the final validation loss at every rate, the mean over seeds, beside the
+rates at which arXiv 2410.16682 has each method diverge; how much more the
+linear layers of some runs put out than those of others; and what is computed
+of both: the rank correlation with the paper's order, and the ratio of two
+edges. Judge by them.
 
-A method that is stable at all rates of the ladder diverges above them, or
-never: its first unstable rate counts as infinite, and equals that of others
-such. One that has not run at all of them, and is stable so far, has no place
-in the order. Medians over blocks are compared at the last table that both
+Two edges are told apart: from which rate on most seeds are lost (diverged,
+collapsed, not finite), as the paper has it; and from which on most are lost or
+degraded, over 0.25 nats worse than the method's best, as `sweep.py` has it.
+
+A method that is not lost at any rate of the ladder diverges above them, or
+never: its edge counts as infinite, and equals that of others such. One that
+has not run at the highest of them, and is not lost so far, has no place in the
+order. Medians over blocks are compared for seed 0, at the last table that both
 runs have, at most a tenth of the steps apart.
 """
 
 import argparse
+import dataclasses
 import itertools
 import math
 import os
@@ -38,65 +44,100 @@ TENTH = ("baseline", "soft_cap", "qk_norm", "sigma_reparam")
 
 
 def by_rate(sweep):
-    """`{label: {rate: outcome}}` of a sweep with one seed."""
-    return {
-        label: {o.learning_rate: o for o in sweep.outcomes(label)}
-        for label in sweep.arms
-    }
+    """`{label: {rate: outcomes of its seeds}}`."""
+    found = {}
+    for label in sweep.arms:
+        runs = found.setdefault(label, {})
+        for o in sweep.outcomes(label):
+            runs.setdefault(o.learning_rate, []).append(o)
+    return found
 
 
 def rates_of(found):
     return sorted({rate for runs in found.values() for rate in runs})
 
 
+def forgiving(outcomes):
+    """Outcomes of which those that are no more than degraded are stable."""
+    return [
+        dataclasses.replace(o, ending="converged")
+        if o.ending == "degraded"
+        else o
+        for o in outcomes
+    ]
+
+
+def edge(runs, forgive=True):
+    """The interval of the rate from which a method's runs are lost."""
+    outcomes = [*itertools.chain(*runs.values())]
+    return ks.stability_interval(forgiving(outcomes) if forgive else outcomes)
+
+
 def edges(found):
-    """First unstable rates here and in the paper, of what is known."""
+    """First rates that lose runs here and in the paper, of what is known."""
     here, there = {}, {}
     for label, runs in found.items():
-        high = ks.stability_interval(runs.values()).high
-        if math.isfinite(high) or len(runs) == len(rates_of(found)):
+        high = edge(runs).high
+        if math.isfinite(high) or max(runs) == max(rates_of(found)):
             here[label] = high
             there[label] = ks.PUBLISHED[label].interval.high
     return here, there
 
 
+def mean_loss(outcomes):
+    return sum(o.loss for o in outcomes) / len(outcomes)
+
+
+def mark(outcomes):
+    """`*` if most seeds are lost, `~` if most are lost or degraded."""
+    for sign, seen in ((" *", forgiving(outcomes)), (" ~", outcomes)):
+        if 2 * sum(o.stable for o in seen) <= len(outcomes):
+            return sign
+    return ""
+
+
 def losses(found):
-    """A table of losses: a row for each method, `*` for what is unstable."""
+    """A table of losses: a row for each method."""
     rates = rates_of(found)
     head = ["method", *(f"{rate:g}" for rate in rates)]
-    rows = [[*head, "unstable from", "in the paper"], ["---"] * (len(head) + 2)]
+    head += ["lost from", "worse from", "in the paper"]
+    rows = [head, ["---"] * len(head)]
     for label, runs in found.items():
         cells = [
-            f"{runs[r].loss:.3f}{'' if runs[r].stable else ' *'}"
-            if r in runs
-            else ""
+            f"{mean_loss(runs[r]):.3f}{mark(runs[r])}" if r in runs else ""
             for r in rates
         ]
-        interval = ks.stability_interval(runs.values())
         known = ks.PUBLISHED[label].interval
         ends = [
             f"{i.high:g}" if i.first_unstable else f"above {i.low:g}"
-            for i in (interval, known)
+            for i in (edge(runs), edge(runs, forgive=False), known)
         ]
         rows.append([label, *cells, *ends])
     return markdown(rows)
 
 
-def pairs(found):
+def pairs():
     """Runs to be compared: at the same rate, and at a tenth of it."""
     for label, rates in SAME_RATE:
         for rate in rates:
-            yield found[label].get(rate), found["qk_norm"].get(rate)
+            yield (label, rate), ("qk_norm", rate)
     for label, rate in itertools.product(TENTH, (6e-2, 8e-2)):
-        yield found[label].get(rate), found[label].get(rate / 10)
+        yield (label, rate), (label, rate / 10)
 
 
 def growth(found):
     """A table of output norms of runs over those of others."""
     rows = [["run", "over", "steps", "QKV", "Proj", "FC1", "FC2"], ["---"] * 7]
-    for run, other in pairs(found):
-        if run is None or other is None:
+    first = {
+        (label, rate): outcomes[0]
+        for label, runs in found.items()
+        for rate, outcomes in runs.items()
+        if outcomes[0].seed == 0
+    }
+    for both in pairs():
+        if not {*both} <= {*first}:
             continue
+        run, other = (first[each] for each in both)
         tables = [sorted(ks.read_health(o.path).tables) for o in (run, other)]
         near = [
             step
@@ -108,7 +149,7 @@ def growth(found):
         rows.append(
             [
                 *(
-                    f"{o.label} {o.learning_rate:g}{'' if o.stable else ' *'}"
+                    f"{o.label} {o.learning_rate:g}{mark([o])}"
                     for o in (run, other)
                 ),
                 f"{grown.step}, {grown.reference_step}",
@@ -121,7 +162,7 @@ def growth(found):
 def perplexities(found, rate):
     """Losses at a rate and the paper's perplexities, of methods with both."""
     both = [
-        (runs[rate].loss, ks.PUBLISHED[label].perplexity)
+        (mean_loss(runs[rate]), ks.PUBLISHED[label].perplexity)
         for label, runs in found.items()
         if rate in runs and math.isfinite(ks.PUBLISHED[label].perplexity)
     ]
@@ -136,7 +177,7 @@ def sentences(found):
     """What the tables give in one number each."""
     here, there = edges(found)
     rank = ks.rank_correlation(*map(list, (here.values(), there.values())))
-    yield f"order of the edges, {len(here)} methods: {rank:.2f}"
+    yield f"order of the rates that lose runs, {len(here)} methods: {rank:.2f}"
     for rate in rates_of(found):
         known = perplexities(found, rate)
         if known and len(known[0]) > 4:
@@ -145,10 +186,9 @@ def sentences(found):
                 f"order of the losses at {rate:g} and of the paper's "
                 f"perplexities at 3e-4, {len(known[0])} methods: {rank:.2f}"
             )
-    base = ks.stability_interval(found["qk_norm"].values())
+    base = edge(found["qk_norm"])
     for label in ("qkv_norm", "qk_norm_cap"):
-        interval = ks.stability_interval(found[label].values())
-        low, high = ratio = ks.compare(interval, base)
+        low, high = ratio = ks.compare(edge(found[label]), base)
         yield (
             f"edge of {label} to qk_norm's: {low:g} to {high:g}, 1.5 is "
             f"{ks.reproduces(ratio)}"
@@ -161,7 +201,7 @@ def main(arguments=None):
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("sweep", help="its directory: `paper-lr`, one seed")
+    parser.add_argument("sweep", help="its directory: `paper-lr`")
     args = parser.parse_args(arguments)
     try:
         found = by_rate(ks.Sweep(args.sweep))

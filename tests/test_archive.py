@@ -18,6 +18,7 @@ import keras_stable as ks
 sys.path.append(str(RECIPES))
 import archive
 import claims
+import detection
 
 RESULTS = RECIPES / "results"
 ARCHIVES = sorted(RESULTS.glob("*.tar.xz"))
@@ -134,16 +135,19 @@ def test_claims_in_the_text_are_of_the_committed_curves(paper, capsys):
     text = (RECIPES / "README.md").read_text()
     for table in (losses, growth):
         assert table in text, "A table of claims is stale."
-    assert order == "order of the edges, 10 methods: 0.79"
+    assert order == "order of the rates that lose runs, 10 methods: 0.79"
     text = " ".join(text.split())
-    assert "rates is 0.79, over all ten" in text
+    assert "that lose runs is 0.79, over all ten" in text
+    base, *ranks = ranks
+    assert "at 0.001 " in base and base.endswith("5 methods: 0.50")
+    assert "five that the paper has is 0.50; 0.54 over six" in text
     assert all(", 6 methods: " in rank for rank in ranks)
     low, high, *above = [rank.split(": ")[-1] for rank in ranks]
     assert low == high == "0.54" and (min(above), max(above)) == (
         "0.43",
         "0.71",
     )
-    assert "0.54 at 0.006 and 0.008, and 0.43 to 0.71 above" in text
+    assert "six at 0.006 and 0.008, and 0.43 to 0.71 above" in text
     first = {
         label: ks.output_norms(paper.path / f"{label}/lr-0.006/seed-0", 1)[1]
         for label in ("soft_clip", "baseline")
@@ -152,6 +156,43 @@ def test_claims_in_the_text_are_of_the_committed_curves(paper, capsys):
     assert first == ["0.07", "1.67"]
     for ratio in (qkv, cap.strip()):
         assert ratio.endswith("0.666667 to 1.5, 1.5 is open")
+
+
+def test_runs_that_the_monitor_ends_and_that_go_on(paper, tmp_path):
+    """`observed`: what became of runs that are ended otherwise."""
+    observed = unpack(RESULTS / "observed.tar.xz", tmp_path)
+    text = " ".join((RECIPES / "README.md").read_text().split())
+    ends, above, back = [], [], []
+    for label in observed.arms:
+        best = min(o.loss for o in paper.outcomes(label))
+        twins = {
+            (o.learning_rate, o.seed): o.steps_done
+            for o in paper.outcomes(label)
+        }
+        for o in observed.outcomes(label):
+            steps, losses = ks.read_health(o.path).series("loss")
+            middles = detection.middle(losses.astype("float64"))
+            back.append(steps[np.flatnonzero(middles > 5.9)[-1]])
+            ends.append(o.loss)
+            above.append(o.loss - best)
+            # The same was ended long before its loss came back.
+            assert twins[o.learning_rate, o.seed] < 204 < back[-1]
+    assert f"({len(ends)} runs on H200s" in text
+    assert f"end at {min(ends):.2f} to {max(ends):.2f}," in text
+    assert f"{min(above):.2f} to {max(above):.2f} above the best of" in text
+    assert min(above) > 0.25 and "not one is healthy" in text
+    assert f"until step {min(back)} to {max(back)} of 700" in text
+
+
+def test_what_the_text_says_of_seeds_at_the_ends(paper):
+    for label, runs in claims.by_rate(paper).items():
+        interval = claims.edge(runs)
+        for end in (interval.low, interval.high):
+            assert len(runs[end]) == 3, label
+        # All seeds agree, but that one of `soft_cap` was not ended.
+        lost = [o.stable for o in claims.forgiving(runs[interval.high])]
+        assert all(o.stable for o in claims.forgiving(runs[interval.low]))
+        assert sum(lost) == (label == "soft_cap")
 
 
 def test_what_the_text_says_of_repeats():

@@ -178,8 +178,10 @@ def test_what_is_said_of_caps_is_in_the_file():
     lost = caps(chosen, "diverged")
     assert f"the {len(lost)} lost ones pass 430" in text and lost[0] > 430
     assert f"other half, {len(held)} runs" in text
-    lost = caps(held, "diverged")
-    assert f"finds all {len(lost)} that were missed" in text
+    # One is lost since lower rates were run, and is not found.
+    beside, *lost = caps(held, "diverged")
+    assert f"finds {len(lost)} of {1 + len(lost)} that were missed" in text
+    assert f"stays within {math.ceil(beside)} caps" in text
     healthy = [row for row in held if row["label"] == "converged"]
     assert f"none of {len(healthy)} healthy runs is stopped" in text
     assert stopped(held, "converged") == []
@@ -187,7 +189,7 @@ def test_what_is_said_of_caps_is_in_the_file():
     assert behind == ["0.57", "0.58"] and " and ".join(behind) in text
     assert f"{len(second)} healthy ones with a cap stay" in text
     assert f"within {math.ceil(second[-1])} caps" in text
-    assert "the lost ones pass 158" in text and lost[0] > 158
+    assert "lost ones that are found pass 158" in text and lost[0] > 158
     delays = [
         row["fired"]["ours: halt"] - row["onset"]
         for row in stopped(held, "diverged")
