@@ -79,8 +79,11 @@ def test_costs_are_those_of_the_committed_runs(shape, file):
     assert row in (RECIPES / "README.md").read_text()
 
 
-@pytest.mark.parametrize("backend, card", [("jax", "H200"), ("torch", "H100")])
-def test_costs_on_a_gpu_are_those_of_the_committed_runs(backend, card):
+@pytest.mark.parametrize(
+    "backend, card, version",
+    [("jax", "H200", ""), ("torch", "H200", ""), ("torch", "H100", ", before")],
+)
+def test_costs_on_a_gpu_are_those_of_the_committed_runs(backend, card, version):
     name = f"overhead_{card.lower()}_rescue_{backend}.json"
     path = RECIPES / "results" / name
     modes = json.loads(path.read_text())["modes"]
@@ -89,7 +92,7 @@ def test_costs_on_a_gpu_are_those_of_the_committed_runs(backend, card):
     means = [modes[m]["mean_milliseconds"] for m in ("recover", "guard")]
     peaks = [modes[m]["peak_bytes"] for m in ("plain", "guard", "recover")]
     cells = [
-        *(backend, card, f"{plain:.1f}"),
+        *(backend + version, card, f"{plain:.1f}"),
         f"{100 * modes['default']['overhead']:+.1f} %",
         f"{100 * share:+.1f} ± {100 * error:.1f} %",
         f"{100 * (means[0] / means[1] - 1):+.1f} %",

@@ -42,23 +42,13 @@ def finish_copies(copies):
     """
     arrays = []
     for i, copy in enumerate(copies):
-        if next(iter(copy.devices())).platform == "cpu":
-            arrays.append(np.asarray(copy))
-        else:
-            arrays.append(_through_pinned(copy))
+        # One after the other, in the stream of such copies: what a monitor
+        # reads comes through the same, and would wait for all of them. (By
+        # `device_put` to pinned memory they would be in that of the steps.)
+        arrays.append(np.asarray(copy))
         # Each device array goes as soon as it is here.
         copies[i] = copy = None
     return arrays
-
-
-def _through_pinned(copy):
-    """An array of the device in ordinary memory, through pinned memory.
-
-    Straight into ordinary memory, a copy would hold up the programs that the
-    training starts; to pin a whole state would take longer than a step.
-    """
-    pinned = copy.sharding.with_memory_kind("pinned_host")
-    return np.array(jax.device_put(copy, pinned))
 
 
 def replace_batches(args, take, steps, store):
