@@ -76,6 +76,25 @@ def _caps():
             yield Arm(label, base.replace(cap=given))
 
 
+def _edges():
+    """Two methods in other schedules, with other optimizers and norms."""
+    flags = {
+        "": {},
+        "constant": {"schedule": "constant"},
+        "warmup=0": {"warmup_steps": 0},
+        "warmup=200": {"warmup_steps": 200},
+        "beta_2=0.999": {"beta_2": 0.999},
+        "decay=0": {"weight_decay": 0.0},
+        "unclipped": {"clip_norm": "none"},
+    }
+    names = "qk_norm", "qkv_norm"
+    yield from _each(names, **flags)
+    values = {"epsilon=1e-3": {"epsilon": 1e-3}, "full": {"scope": "full"}}
+    for label, change in values.items():
+        for name in names:
+            yield Arm(f"{name}.{label}", get(name).replace(**change))
+
+
 def _stack():
     """Every method on top of QK norm and z-loss."""
     yield Arm("baseline")
@@ -289,6 +308,17 @@ _ALL = (
         seeds=_THREE,
         flags=_GPU,
         why="The paper's optimizer is unknown to us.",
+    ),
+    Experiment(
+        "edges",
+        "Which part of the training decides how far QK norm and QKV norm can "
+        "be pushed, and which goes further?",
+        tuple(_edges()),
+        rates=(6e-2, 8e-2, 0.12, 0.18),
+        seeds=_THREE,
+        flags=_PAPER,
+        why="At the paper's blocks QK norm trains at twice the rate at which "
+        "the paper has it diverge, and QKV norm at no higher one.",
     ),
     Experiment(
         "sizes",

@@ -40,6 +40,8 @@ MAY_DIFFER = {
     "precision": "qkv_norm.qk softmax.logits_dtype precision",
     "confounds": "qkv_norm.qk beta_2 epsilon warmup_steps weight_decay decay "
     "clip_norm",
+    "edges": "attention.pre qkv_norm.v qkv_norm.scope architecture.epsilon "
+    "schedule warmup_steps beta_2 weight_decay clip_norm",
     "sizes": "attention.pre qkv_norm.qk qkv_norm.v softmax.cap size",
     "stack": "qkv_norm.qk qkv_norm.v softmax.temperature softmax.cap "
     "softmax.clip attention.gain mlp.gain attention.pre attention.branch "
@@ -84,7 +86,8 @@ def test_all_that_were_asked_for_are_there():
     assert set(EXPERIMENTS) == {
         *("cpu-sensitivity", "paper-lr", "paper-ppl", "paper-norms", "cap"),
         *("temperature", "clip", "layer-scale", "qkv-factorial", "where"),
-        *("placebo", "precision", "confounds", "sizes", "stack", "restarts"),
+        *("placebo", "precision", "confounds", "edges", "sizes", "stack"),
+        "restarts",
     }
     for name, experiment in EXPERIMENTS.items():
         assert experiment.name == name
