@@ -217,6 +217,39 @@ def test_what_the_text_says_of_repeats():
     assert ends(2e-2, 6e-2, 2e-1) == "0.01 to 0.17"
 
 
+def test_what_the_text_says_of_edges_is_in_the_file():
+    """Rows of means, and how far apart the two methods are."""
+    text = (RECIPES / "README.md").read_text()
+    losses = {}
+    for run in ks.records.read_json(str(RESULTS / "edges.json"))["runs"]:
+        label, _, training = run["label"].partition(".")
+        rates = losses.setdefault(training, {}).setdefault(label, {})
+        rates.setdefault(run["learning_rate"], []).append(run["loss"])
+    apart, lead = {}, []
+    for training, found in losses.items():
+        means = {
+            label: np.array([np.mean(rates[r]) for r in sorted(rates)])
+            for label, rates in found.items()
+        }
+        apart[training] = means
+        lead.append(means["qkv_norm"] - means["qk_norm"])
+        cells = np.concatenate([means["qk_norm"], means["qkv_norm"]])
+        cells = [training or "as it is", *(f"{x:.3f}" for x in cells)]
+        assert f"| {' | '.join(cells)} |" in text
+        assert means["qk_norm"][2] - means["qk_norm"][0] < 0.15
+    assert np.min(lead) > 0 and np.size(lead) == 27
+
+    def moved(training):
+        own, plain = apart[training], apart[""]
+        moves = np.abs([own[label] - plain[label] for label in own])
+        return f"{moves.min():.2f} to {moves.max():.2f}"
+
+    text = " ".join(text.split())
+    assert f"better by {moved('warmup=200')} at every rate" in text
+    assert f"both lose {moved('warmup=0')}." in text
+    assert f"both are worse, by {moved('beta_2=0.999')}." in text
+
+
 def test_claims_are_of_ten_methods(tmp_path):
     sweep = ks.Sweep(tmp_path / "a", arms("a"), ks.Ladder(RATES, (0,)))
     with pytest.raises(SystemExit, match="claims: .*ten methods"):
