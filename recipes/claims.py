@@ -9,8 +9,8 @@ linear layers of some runs put out than those of others; and what is computed
 of both: the rank correlation with the paper's order, and the ratio of two
 edges. Judge by them.
 
-Two edges are told apart: from which rate on most seeds are lost (diverged,
-collapsed, not finite), as the paper has it; and from which on most are lost or
+Two edges are told apart: the first rate at which a seed is lost (diverged,
+collapsed, not finite), as the paper has it; and that at which one is lost or
 degraded, over 0.25 nats worse than the method's best, as `sweep.py` has it.
 
 A method that is not lost at any rate of the ladder diverges above them, or
@@ -68,7 +68,7 @@ def forgiving(outcomes):
 
 
 def edge(runs, forgive=True):
-    """The interval of the rate from which a method's runs are lost."""
+    """The interval of the first rate at which a method loses a run."""
     outcomes = [*itertools.chain(*runs.values())]
     return ks.stability_interval(forgiving(outcomes) if forgive else outcomes)
 
@@ -89,7 +89,7 @@ def mean_loss(outcomes):
 
 
 def mark(outcomes):
-    """`*` if most seeds are lost, `~` if most are lost or degraded."""
+    """`*` if half of the seeds are lost, `~` if half are lost or degraded."""
     for sign, seen in ((" *", forgiving(outcomes)), (" ~", outcomes)):
         if 2 * sum(o.stable for o in seen) <= len(outcomes):
             return sign

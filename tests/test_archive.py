@@ -164,11 +164,9 @@ def test_runs_that_the_monitor_ends_and_that_go_on(paper, tmp_path):
     text = " ".join((RECIPES / "README.md").read_text().split())
     ends, above, back = [], [], []
     for label in observed.arms:
-        best = min(o.loss for o in paper.outcomes(label))
-        twins = {
-            (o.learning_rate, o.seed): o.steps_done
-            for o in paper.outcomes(label)
-        }
+        own = paper.outcomes(label)
+        best = min(o.loss for o in own)
+        twins = {(o.learning_rate, o.seed): o.steps_done for o in own}
         for o in observed.outcomes(label):
             steps, losses = ks.read_health(o.path).series("loss")
             middles = detection.middle(losses.astype("float64"))
@@ -190,9 +188,9 @@ def test_what_the_text_says_of_seeds_at_the_ends(paper):
         for end in (interval.low, interval.high):
             assert len(runs[end]) == 3, label
         # All seeds agree, but that one of `soft_cap` was not ended.
-        lost = [o.stable for o in claims.forgiving(runs[interval.high])]
+        stable = [o.stable for o in claims.forgiving(runs[interval.high])]
         assert all(o.stable for o in claims.forgiving(runs[interval.low]))
-        assert sum(lost) == (label == "soft_cap")
+        assert sum(stable) == (label == "soft_cap")
 
 
 def test_what_the_text_says_of_repeats():
