@@ -32,9 +32,12 @@ class Backups:
     on from one makes, given the same batches, the numbers that it made, bit
     by bit.
 
-    `take` lets the device copy its arrays, which takes a fraction of a step
-    and, until they have left it, as much of the device's memory as they do;
-    a thread then brings them to the host. (TensorFlow waits for that.)
+    `take` lets the device copy its arrays, which takes a fraction of a step,
+    and a thread brings them to where they stay. On jax they are written to
+    pinned memory of the host, as much as they are, which XLA keeps for the
+    next (of 64 GB, if `XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB` does not say more);
+    on torch, until they have left, they take as much of the device's memory.
+    TensorFlow waits for its copies.
     Where replicas of `tf.distribute` have moving statistics of their own, all
     get those of the first.
 

@@ -1,5 +1,7 @@
 """Backups: what is put back trains on as it did, bit by bit, within `fit`."""
 
+import importlib.util
+import types
 from pathlib import Path
 
 import keras
@@ -500,10 +502,41 @@ def test_copies_of_one_device_or_several(split, dtype):
         mesh = jax.make_mesh((4, 2), ("a", "b"))
         layout = NamedSharding(mesh, PartitionSpec(*split))
         array = jax.device_put(array, layout)
-    copies = [array + 0, array + 1]
+    variables = [types.SimpleNamespace(value=x) for x in (array, array + 1)]
+    copies = jax_feeds.start_copies(variables)
+    # They take none of the device's memory. What each device has whole comes
+    # from one, and a part from each that has it.
+    assert all(copy.sharding.memory_kind == "pinned_host" for copy in copies)
+    parts = [x.data.nbytes for copy in copies for x in copy.addressable_shards]
+    holders = {("a",): 2, (None, "b"): 4}.get(split, 1)
+    assert sum(parts) == 2 * holders * value.nbytes
+    for variable in variables:
+        variable.value.delete()
     found = jax_feeds.finish_copies(copies)
-    # The device's memory is not held any longer than need be.
+    # Pinned memory is not held any longer than need be.
     assert copies == [None, None]
     for each, expected in zip(found, (value, value + value.dtype.type(1))):
-        assert each.dtype == value.dtype
+        assert each.dtype == value.dtype and each.flags.owndata
         np.testing.assert_array_equal(each, expected)
+
+
+@pytest.mark.skipif(
+    BACKEND != "jax" or importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu",
+)
+@pytest.mark.filterwarnings("ignore")
+def test_copies_take_no_memory_of_tpus():
+    import jax
+    from jax.sharding import PartitionSpec
+
+    from keras_stable.backend import jax_feeds
+
+    mesh = jax.sharding.Mesh(backend.devices_of("v5e:2x2"), ("a",))
+    layout = jax.sharding.NamedSharding(mesh, PartitionSpec("a"))
+    given = jax.ShapeDtypeStruct((4096, 1024), "float32", sharding=layout)
+    copies = jax_feeds._copies.lower([given]).compile()
+    used = copies.memory_analysis()
+    assert used.host_output_size_in_bytes == 4096 * 1024
+    # Of the device's, a table of what is where.
+    assert used.output_size_in_bytes + used.temp_size_in_bytes < 4096
+    assert "all-gather" not in copies.as_text()

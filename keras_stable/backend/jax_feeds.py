@@ -12,7 +12,11 @@ from keras_stable.backend.internals import standardized
 
 @jax.jit
 def _copies(values):
-    return [jnp.copy(value) for value in values]
+    # The program writes to pinned memory itself: nothing more of the device's
+    # is taken, and it is done after a fraction of a step. Copies of its arrays
+    # would take as much, and their reading holds up what a monitor reads.
+    host = jax.memory.Space.Host
+    return [jax.device_put(jnp.copy(value), host) for value in values]
 
 
 def start_copies(variables):
@@ -23,6 +27,8 @@ def start_copies(variables):
     groups = {}
     for i, variable in enumerate(variables):
         value = variable.value
+        if value.is_fully_replicated:
+            value = value.addressable_data(0)
         # A program is of one set of devices.
         devices = frozenset(value.sharding.device_set)
         groups.setdefault(devices, []).append((i, value))
@@ -42,11 +48,8 @@ def finish_copies(copies):
     """
     arrays = []
     for i, copy in enumerate(copies):
-        # One after the other, in the stream of such copies: what a monitor
-        # reads comes through the same, and would wait for all of them. (By
-        # `device_put` to pinned memory they would be in that of the steps.)
-        arrays.append(np.asarray(copy))
-        # Each device array goes as soon as it is here.
+        # In memory of its own: what is pinned waits for the next copies.
+        arrays.append(np.array(copy))
         copies[i] = copy = None
     return arrays
 
