@@ -46,7 +46,8 @@ class Judge(Detector):
     up in their first steps. `noise`, 1.05 times the median |change| of the
     last 50 losses, or of B's if less, keeps a noisy plateau from being regret.
     A loss spike is closed when the median of 20 is within 3 s of m, the median
-    before it. In the warm-up only `NONFINITE` is judged: losses may rise there.
+    before it. In the warm-up losses may rise: there only `NONFINITE` is judged,
+    and after 64 steps `DIVERGED`, if the median of 20 is above `top` for 50.
 
     Args:
         warmup: int, steps of the learning rate's warm-up; at least 64.
@@ -182,7 +183,7 @@ class Judge(Detector):
             if self.best is None or median < self.best:
                 self.best, self.noise = median, noise
         # Of a damaged state there may be fewer losses.
-        if self.seen <= self.warmup or len(self.losses) < 50:
+        if self.seen <= MIN_WARMUP or len(self.losses) < 50:
             return
         recent = statistics.median(list(self.losses)[-20:])
         gain = max(statistics.median(self.first) - self.best, 0.1)
@@ -191,8 +192,9 @@ class Judge(Detector):
             self.diverged = None
         for i, (limit, patience) in enumerate(REGRETS):
             since = step if self.above[i] is None else self.above[i]
-            self.above[i] = since if regret > limit else None
-            if regret > limit and step - since >= patience - 1:
+            high = regret > limit if self.seen > self.warmup else recent > top
+            self.above[i] = since if high else None
+            if high and step - since >= patience - 1:
                 self.diverged = self.above[0]
         if spike.active and self.open is None:
             self.open = [spike.onset, spike.median + 3 * spike.scale]

@@ -252,6 +252,26 @@ def test_nothing_but_nonfinite_in_the_warmup():
     assert steps_of(judged([3.0, NAN])[1], "nonfinite") == [1]
 
 
+@pytest.mark.parametrize("first, top", [(5.5, 11.0), (0.2, 1.2), (-3.0, 0.0)])
+def test_a_blow_up_in_a_long_warmup_does_not_wait_for_its_end(first, top):
+    rng = np.random.default_rng(0)
+    losses = first + 0.02 * rng.standard_normal(1000)
+    losses[0] = first
+    losses[300:] += np.linspace(0, top - first + 1, 700)
+    over = np.flatnonzero(losses > top)[0]
+    (event,) = judged(losses, warmup=1000)[1]
+    assert (event.detector, event.detail) == ("verdict", "DIVERGED")
+    assert over + 50 <= event.step <= over + 70
+    assert over <= event.onset <= over + 20
+    # Neither what stays below nor what comes back is called lost before.
+    for losses[300:] in (top - 0.1, first):
+        losses[400:440] = top + 10
+        assert not judged(losses, warmup=1000)[1]
+    # Nor is the beginning, whatever it does.
+    losses[1:64] = top + 10
+    assert not judged(losses, warmup=1000)[1]
+
+
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_nonfinite_values_poison_nothing(bad):
     rng = np.random.default_rng(0)
