@@ -193,6 +193,34 @@ def test_what_the_text_says_of_seeds_at_the_ends(paper):
         assert sum(stable) == (label == "soft_cap")
 
 
+def test_a_longer_warmup(tmp_path):
+    """`warmup`: which runs come back, and when the others are lost."""
+    sweep = unpack(RESULTS / "warmup.tar.xz", tmp_path)
+    text = " ".join((RECIPES / "README.md").read_text().split())
+    peaks, judged, ended = {True: [], False: []}, [], []
+    for o in (o for label in sweep.arms for o in sweep.outcomes(label)):
+        _, losses = ks.read_health(o.path).series("loss")
+        losses = losses.astype("float64")
+        if o.learning_rate == 0.18:
+            assert o.stable == (o.label == "qk_norm")
+            part = detection.middle(losses)[300:400]
+            peaks[o.stable].append(part.max())
+            ended += [] if o.stable else [o.steps_done]
+        if o.learning_rate > 0.18:
+            assert o.steps_done == 400 and not o.stable
+            judge, events = ks.Judge(warmup=350), []
+            for i, loss in enumerate(losses):
+                events += judge.update(i + 1, {"loss": loss})
+            judged.append(next(e for e in events if e.detector == "verdict"))
+    stood, lost = peaks[True], peaks[False]
+    assert f"reach {min(stood):.1f} and {max(stood):.1f} in the two" in text
+    assert f"and {min(lost):.1f} to {max(lost):.1f} in the four" in text
+    assert f"between steps {min(ended)} and {max(ended)}. At 0.27" in text
+    onsets, steps = [e.onset for e in judged], [e.step for e in judged]
+    assert f"since steps {min(onsets)} to {max(onsets)}, and" in text
+    assert f"at steps {min(steps)} to {max(steps)}." in text
+
+
 def test_what_the_text_says_of_repeats():
     """One configuration in three sweeps: how far its runs differ."""
     same = ("where", "baseline"), ("cap", "cap=inf")
