@@ -72,9 +72,8 @@ class StabilityMonitor(keras.callbacks.Callback):
         watch, exclude: regular expressions for layers: see `watch`.
         inputs: bool. Whether inputs of layers are measured too.
         max_overhead: share of a step's time that tables may cost, on average.
-        warmup_steps: int. Steps in which losses may rise, 64 at least: only
-            non-finite numbers are judged, and later than that losses twice as
-            high as the first. Defaults to those of the rate's schedule.
+        warmup_steps: int, 64 at least. Steps in which losses may rise: see
+            `Judge`. Defaults to those of the learning rate's schedule.
         rescue: `Rescue`, the numbers of the last two policies.
         data: for `"recover"`, the batches that `fit` is given, if they can be
             had by their number: see `Feed`. None: after a rewind `fit` goes
