@@ -81,6 +81,7 @@ class Judge(Detector):
         self.first = []  # Losses, for L0.
         self.losses = collections.deque(maxlen=50)
         self.best = self.noise = None  # B, and the noise there.
+        self.regret = 0.0  # Of the last step.
         self.open = None  # [onset, level to come back to] of a loss spike.
         self.above = [None] * len(REGRETS)  # Step since which, or None.
         self.diverged = None  # Step since which.
@@ -134,7 +135,9 @@ class Judge(Detector):
     def calm(self):
         """Whether nothing about the loss is open, so that a state is good."""
         return not (
-            self.open
+            # In the warm-up there is no verdict that would tell.
+            (self.seen <= self.warmup and self.regret > 1)
+            or self.open
             or self.diverged
             or self.verdict.lost
             or self.spikes["loss"].active
@@ -188,6 +191,7 @@ class Judge(Detector):
         recent = statistics.median(list(self.losses)[-20:])
         gain = max(statistics.median(self.first) - self.best, 0.1)
         regret = (recent - self.best) / max(gain, 4 * min(noise, self.noise))
+        self.regret = regret
         if regret <= REGRETS[0][0]:
             self.diverged = None
         for i, (limit, patience) in enumerate(REGRETS):

@@ -263,11 +263,18 @@ def test_a_blow_up_in_a_long_warmup_does_not_wait_for_its_end(first, top):
     assert (event.detector, event.detail) == ("verdict", "DIVERGED")
     assert over + 50 <= event.step <= over + 70
     assert over <= event.onset <= over + 20
+    # Nor is such a state one to go back to, as soon as its gain is lost.
+    judge = Judge(warmup=1000)
+    calm = []
+    for step, loss in enumerate(losses):
+        judge.update(step, {"loss": loss})
+        calm.append(judge.calm)
+    assert all(calm[:300]) and not any(calm[over:])
     # Neither what stays below nor what comes back is called lost before.
     for losses[300:] in (top - 0.1, first):
         losses[400:440] = top + 10
         assert not judged(losses, warmup=1000)[1]
-    # Nor is the beginning, whatever it does.
+    # Nor the beginning, whatever it does.
     losses[1:64] = top + 10
     assert not judged(losses, warmup=1000)[1]
 
