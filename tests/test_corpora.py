@@ -15,6 +15,10 @@ from keras_stable.corpora import split_stream
 from keras_stable.corpora import stream_corpus
 from keras_stable.hub import pin
 
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="no backend takes part"
+)
+
 
 def test_python_corpus_is_the_standard_library():
     documents = load_corpus()

@@ -5,6 +5,7 @@ import doctest
 import json
 import math
 
+import keras
 import numpy as np
 import pytest
 
@@ -21,6 +22,10 @@ from keras_stable.layerwise import Frozen
 from keras_stable.layerwise import Growth
 from keras_stable.layerwise import Jump
 from keras_stable.layerwise import Staleness
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="no backend takes part"
+)
 
 START = 2000  # First step of an injected event.
 NAN, INF = float("nan"), float("inf")

@@ -4,6 +4,7 @@ import json
 import math
 
 import grain
+import keras
 import numpy as np
 import pytest
 
@@ -13,6 +14,10 @@ from keras_stable import TokenBatches
 from keras_stable import pack
 from keras_stable.mixture import assign
 from keras_stable.mixture import shares
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="no backend takes part"
+)
 
 
 def mixed(sizes=(500, 900, 3000), **kwargs):

@@ -7,12 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
 import numpy as np
 import pytest
 
 import keras_stable as ks
 from keras_stable import token_cache
 from keras_stable import tokenize_corpus
+
+pytestmark = pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="no backend takes part"
+)
 
 BYTE = ks.ByteTokenizer()
 
