@@ -245,11 +245,11 @@ class Collapse(Detector):
 
     of the share of heads that `collapsed` finds. Softmax, or the cap, has
     hardly a gradient left then: logits grow on, and the loss stays about where
-    a model ends that knows the last token alone.
+    a model ends that knows the last token alone. Silent in the first 64 steps,
+    not in all of a warm-up: what collapses there does not come back.
 
     Args:
         patience: steps. Defaults to 100.
-        warmup: steps, at least 64; silent before.
 
     Attributes:
         since: the first step of it, or None.
@@ -263,13 +263,12 @@ class Collapse(Detector):
 
     _remembers = ("since", "lasting")
 
-    def __init__(self, patience=100, warmup=0):
+    def __init__(self, patience=100):
         self.patience = check("patience", patience, 0)
-        self.warmup = max(MIN_WARMUP, check("warmup", warmup, 0))
         self.since, self.lasting = None, False
 
     def update(self, step, share):
-        if not share > MOST or step < self.warmup:
+        if not share > MOST or step < MIN_WARMUP:
             self.since, self.lasting = None, False
             return None
         new, before = self.since is None, self.lasting

@@ -54,7 +54,7 @@ class Diagnosis:
         self.warmup = max(64, warmup)
         self.skips = 0
         self.bad = False  # Whether the last step had a bad activation.
-        self.collapse = Collapse(warmup=warmup)
+        self.collapse = Collapse()
         self.layers = {}
         if layout is None:
             return

@@ -47,7 +47,8 @@ class Judge(Detector):
     last 50 losses, or of B's if less, keeps a noisy plateau from being regret.
     A loss spike is closed when the median of 20 is within 3 s of m, the median
     before it. In the warm-up losses may rise: there only `NONFINITE` is judged,
-    and after 64 steps `DIVERGED`, if the median of 20 is above `top` for 50.
+    and after 64 steps `COLLAPSED`, and `DIVERGED`, if the median of 20 is above
+    `top` for 50.
 
     Args:
         warmup: int, steps of the learning rate's warm-up; at least 64.

@@ -75,7 +75,7 @@ def judge(run, warmup, shares=None):
         shares: dictionary of steps with tables: their share of collapsed heads.
     """
     judge, skips, spikes = ks.Judge(warmup), 0, 0
-    shares, collapse = shares or {}, ks.Collapse(warmup=warmup)
+    shares, collapse = shares or {}, ks.Collapse()
     found = dict.fromkeys(("halt", "verdict", "warn"))
     names = [n for n in SERIES[:3] if len(run[n])]
     for i in range(len(run["loss"])):

@@ -221,6 +221,45 @@ def test_a_longer_warmup(tmp_path):
     assert f"at steps {min(steps)} to {max(steps)}." in text
 
 
+def test_heads_that_collapse_in_a_warmup(tmp_path):
+    """`long-warmup`: which, from when on, and that they do not come back."""
+    sweep = unpack(RESULTS / "long-warmup.tar.xz", tmp_path)
+    text = " ".join((RECIPES / "README.md").read_text().split())
+    ended, largest = [], []
+    for o in (o for label in sweep.arms for o in sweep.outcomes(label)):
+        health, collapse = ks.read_health(o.path), ks.Collapse()
+        names, shares = health.layout["head_statistics"], []
+        for step, found in sorted(health.tables.items()):
+            heads = dict(zip(names, np.hstack(found["heads"])))
+            shares.append(ks.collapsed(**heads))
+            collapse.update(step, shares[-1])
+        if o.stable:
+            largest.append(max(shares))
+        if collapse.lasting and collapse.since < 200:
+            assert o.label == "baseline" and o.learning_rate == 0.1
+            assert shares[-1] == 1.0 and not o.stable
+            ended.append(f"{o.loss:.2f}")
+    assert f"end at {' and '.join(ended)}. In the {len(largest)} that" in text
+    assert f"at most {max(largest):.0%}".replace("%", " %") in text
+
+
+def test_what_the_text_says_of_initial_gains():
+    record = ks.records.read_json(str(RESULTS / "layer-scale.json"))
+    losses = {}
+    for run in record["runs"]:
+        row = losses.setdefault(run["label"], {})
+        row[run["learning_rate"]] = run["loss"]
+    small = [f"init={x:g}" for x in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6)]
+    for rate in (3e-3, 8e-3, 2e-2):
+        found = [losses[label][rate] for label in small]
+        assert max(found) - min(found) < 0.05
+    best = {a["label"]: (a["interval"], a["best_loss"]) for a in record["arms"]}
+    assert {best[label][0] for label in small} == {"0.02 (1/1) to 0.06 (0/1)"}
+    gains = [best["baseline"][1] - best[label][1] for label in small]
+    text = " ".join((RECIPES / "README.md").read_text().split())
+    assert f"are {min(gains):.2f} to {max(gains):.2f} below the base" in text
+
+
 def test_what_the_text_says_of_repeats():
     """One configuration in three sweeps: how far its runs differ."""
     same = ("where", "baseline"), ("cap", "cap=inf")

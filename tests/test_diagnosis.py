@@ -103,8 +103,9 @@ def capped(of_step, cap=50.0):
     ],
     ids=["single keys", "saturated"],
 )
-def test_collapsed_attention_is_lost_after_a_hundred_steps(single):
-    diagnosis = Diagnosis(LAYOUT)
+@pytest.mark.parametrize("warmup", [0, 1000])
+def test_collapsed_attention_is_lost_after_a_hundred_steps(single, warmup):
+    diagnosis = Diagnosis(LAYOUT, warmup)
     found = run(diagnosis, 178, single)
     (event,) = (e for e in found if e.detector == "collapse")
     assert (event.step, event.onset, event.value) == (80, 80, 1.0)
@@ -131,7 +132,7 @@ NEAR, FAR = (300.0, 4e3), (6e3, -6e3)  # Logits, of a cap of 50.
     "change",
     [
         entropies(lambda step: (0.0, 0.02)),  # Half of them.
-        entropies(lambda step: FEW if step < 64 else (0.3, 0.0)),  # Warm-up.
+        entropies(lambda step: FEW if step < 64 else (0.3, 0.0)),  # Early.
         entropies(lambda step: FEW if step % 90 else MANY),  # Comes back.
         entropies(lambda step: (np.nan, np.nan)),
         capped(lambda step: (6e3, 4e3)),
