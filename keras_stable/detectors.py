@@ -246,7 +246,7 @@ class Collapse(Detector):
     of the share of heads that `collapsed` finds. Softmax, or the cap, has
     hardly a gradient left then: logits grow on, and the loss stays about where
     a model ends that knows the last token alone. Silent in the first 64 steps,
-    not in all of a warm-up: what collapses there does not come back.
+    not in all of a warm-up: what collapsed there was not seen to come back.
 
     Args:
         patience: steps. Defaults to 100.

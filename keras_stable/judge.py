@@ -82,7 +82,7 @@ class Judge(Detector):
         self.first = []  # Losses, for L0.
         self.losses = collections.deque(maxlen=50)
         self.best = self.noise = None  # B, and the noise there.
-        self.regret = 0.0  # Of the last step.
+        self.regret = 0.0  # Of the last loss.
         self.open = None  # [onset, level to come back to] of a loss spike.
         self.above = [None] * len(REGRETS)  # Step since which, or None.
         self.diverged = None  # Step since which.
@@ -136,8 +136,8 @@ class Judge(Detector):
     def calm(self):
         """Whether nothing about the loss is open, so that a state is good."""
         return not (
-            # In the warm-up there is no verdict that would tell.
-            (self.seen <= self.warmup and self.regret > 1)
+            # In the warm-up neither a spike nor a new level would tell.
+            (self.seen <= self.warmup and self.regret > REGRETS[-1][0])
             or self.open
             or self.diverged
             or self.verdict.lost
@@ -186,13 +186,14 @@ class Judge(Detector):
             median = min(statistics.median(self.losses), top)
             if self.best is None or median < self.best:
                 self.best, self.noise = median, noise
+        self.regret = 0.0
         # Of a damaged state there may be fewer losses.
         if self.seen <= MIN_WARMUP or len(self.losses) < 50:
             return
         recent = statistics.median(list(self.losses)[-20:])
         gain = max(statistics.median(self.first) - self.best, 0.1)
-        regret = (recent - self.best) / max(gain, 4 * min(noise, self.noise))
-        self.regret = regret
+        gain = max(gain, 4 * min(noise, self.noise))
+        self.regret = regret = (recent - self.best) / gain
         if regret <= REGRETS[0][0]:
             self.diverged = None
         for i, (limit, patience) in enumerate(REGRETS):

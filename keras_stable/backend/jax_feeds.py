@@ -27,6 +27,7 @@ def start_copies(variables):
     groups = {}
     for i, variable in enumerate(variables):
         value = variable.value
+        # What each device has whole takes up the host's memory once.
         if value.is_fully_replicated:
             value = value.addressable_data(0)
         # A program is of one set of devices.
