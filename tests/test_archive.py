@@ -19,6 +19,7 @@ sys.path.append(str(RECIPES))
 import archive
 import claims
 import detection
+import detection_sweeps
 
 RESULTS = RECIPES / "results"
 ARCHIVES = sorted(RESULTS.glob("*.tar.xz"))
@@ -34,6 +35,11 @@ def unpack(file, to):
         tar.extractall(to, filter="data")
     (folder,) = Path(to).iterdir()
     return ks.Sweep(folder)
+
+
+def lab_book():
+    """Its text, whatever its lines."""
+    return " ".join((RECIPES / "README.md").read_text().split())
 
 
 def same(a, b):
@@ -161,7 +167,7 @@ def test_claims_in_the_text_are_of_the_committed_curves(paper, capsys):
 def test_runs_that_the_monitor_ends_and_that_go_on(paper, tmp_path):
     """`observed`: what became of runs that are ended otherwise."""
     observed = unpack(RESULTS / "observed.tar.xz", tmp_path)
-    text = " ".join((RECIPES / "README.md").read_text().split())
+    text = lab_book()
     ends, above, back = [], [], []
     for label in observed.arms:
         own = paper.outcomes(label)
@@ -196,7 +202,7 @@ def test_what_the_text_says_of_seeds_at_the_ends(paper):
 def test_a_longer_warmup(tmp_path):
     """`warmup`: which runs come back, and when the others are lost."""
     sweep = unpack(RESULTS / "warmup.tar.xz", tmp_path)
-    text = " ".join((RECIPES / "README.md").read_text().split())
+    text = lab_book()
     peaks, judged, ended = {True: [], False: []}, [], []
     for o in (o for label in sweep.arms for o in sweep.outcomes(label)):
         _, losses = ks.read_health(o.path).series("loss")
@@ -224,21 +230,24 @@ def test_a_longer_warmup(tmp_path):
 def test_heads_that_collapse_in_a_warmup(tmp_path):
     """`long-warmup`: which, from when on, and that they do not come back."""
     sweep = unpack(RESULTS / "long-warmup.tar.xz", tmp_path)
-    text = " ".join((RECIPES / "README.md").read_text().split())
-    ended, largest = [], []
+    text = lab_book()
+    since, said, ended, largest = [], [], [], []
     for o in (o for label in sweep.arms for o in sweep.outcomes(label)):
-        health, collapse = ks.read_health(o.path), ks.Collapse()
-        names, shares = health.layout["head_statistics"], []
-        for step, found in sorted(health.tables.items()):
-            heads = dict(zip(names, np.hstack(found["heads"])))
-            shares.append(ks.collapsed(**heads))
-            collapse.update(step, shares[-1])
+        _, shares, _ = detection_sweeps.curves(o)
+        *_, last = shares.values()
         if o.stable:
-            largest.append(max(shares))
-        if collapse.lasting and collapse.since < 200:
+            largest.append(max(shares.values()))
+        collapse = ks.Collapse()
+        events = filter(None, (collapse.update(*x) for x in shares.items()))
+        lasting = [e for e in events if e.step - e.onset >= collapse.patience]
+        if lasting and lasting[0].onset < 200:
             assert o.label == "baseline" and o.learning_rate == 0.1
-            assert shares[-1] == 1.0 and not o.stable
+            assert last == 1.0 and not o.stable
+            since.append(str(lasting[0].onset))
+            said.append(str(lasting[0].step))
             ended.append(f"{o.loss:.2f}")
+    assert f"in the warm-up, from step {' and '.join(since)} on" in text
+    assert f"ended these two at steps {' and '.join(said)}." in text
     assert f"end at {' and '.join(ended)}. In the {len(largest)} that" in text
     assert f"at most {max(largest):.0%}".replace("%", " %") in text
 
@@ -256,7 +265,7 @@ def test_what_the_text_says_of_initial_gains():
     best = {a["label"]: (a["interval"], a["best_loss"]) for a in record["arms"]}
     assert {best[label][0] for label in small} == {"0.02 (1/1) to 0.06 (0/1)"}
     gains = [best["baseline"][1] - best[label][1] for label in small]
-    text = " ".join((RECIPES / "README.md").read_text().split())
+    text = lab_book()
     assert f"are {min(gains):.2f} to {max(gains):.2f} below the base" in text
 
 
